@@ -1,0 +1,69 @@
+"""gpvae: Gaussian-process random encoders for variational autoencoders.
+
+Where each idea of the paper lives:
+
+| idea                                         | code                        | notebook |
+|----------------------------------------------|-----------------------------|----------|
+| VAE and its bound                            | `VAE`, `DiagonalGaussian`   | 01, 02   |
+| random mean and standard deviation functions | `GPVAE`, `gpvae.gp`         | 01, 02   |
+| posterior over functions, expected KL        | `RandomFunctionPosterior`   | 01       |
+| E log h^2 in closed form                     | `expected_log_square`       | 01       |
+| training objective                           | `train`, `VAE.loss_terms`   | 02       |
+| log p(x) by importance weighting             | `log_likelihood`            | 03, 04   |
+| uncertainty scores and measured gaps         | `Posterior.scores`, `svi`   | 03       |
+| benchmark rows and tables                    | `experiment`, `results`     | 04       |
+"""
+
+from gpvae.config import (
+    DataConfig,
+    EvaluationConfig,
+    GPConfig,
+    ModelConfig,
+    Profile,
+    RunConfig,
+    TrainingConfig,
+    get_profile,
+)
+from gpvae.errors import GPVAEError
+
+_LAZY = {
+    "DiagonalGaussian": "posteriors",
+    "Estimate": "evaluate",
+    "GPVAE": "gp",
+    "Images": "data",
+    "Posterior": "posteriors",
+    "RandomFunctionPosterior": "posteriors",
+    "VAE": "vae",
+    "binarise": "data",
+    "build_model": "training",
+    "dawsn": "special",
+    "elbo": "evaluate",
+    "expected_log_square": "special",
+    "load_dataset": "data",
+    "load_model": "training",
+    "log_likelihood": "evaluate",
+    "optimise_posterior": "svi",
+    "train": "training",
+}
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "GPConfig",
+    "GPVAEError",
+    "ModelConfig",
+    "Profile",
+    "RunConfig",
+    "TrainingConfig",
+    "get_profile",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch only when it is asked for, so that the command line starts fast."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'gpvae' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"gpvae.{_LAZY[name]}"), name)

@@ -1,0 +1,329 @@
+"""Configurations as frozen dataclasses of plain values, presets and profiles.
+
+A `RunConfig` is enough to rebuild and repeat one run. A `Profile` is a set of runs: what
+`gpvae reproduce` and the notebooks work through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from gpvae.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+OUTPUTS = ("bernoulli", "gaussian")
+COVARIANCES = ("diagonal", "full", "low-rank")
+ACTIVATIONS = ("elu", "relu", "tanh")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are split. Sizes of None mean all there is."""
+
+    name: str = "digits"
+    train_size: int | None = None
+    valid_size: int | None = None
+    test_size: int | None = None
+    seed: int = 0  # of the split and of the fixed binarisation of validation and test images
+
+
+@dataclass(frozen=True)
+class GPConfig:
+    """The random functions of GPVAE; other encoders ignore it.
+
+    Args:
+        features: M, the number of kernel features psi(x).
+        amplitude: kernel amplitude a; psi = a tanh(.) / sqrt(M), so that k(x, x) <= a^2.
+        temperature: factor on the weight KL; 1 is the plain Bayesian objective.
+        covariance: form of each row's posterior covariance.
+        rank: rank of the low-rank part.
+        initial_std: posterior standard deviation of each weight at the start (prior: 1).
+        random_mean, random_std: which of f and h is random; the other is deterministic.
+    """
+
+    features: int = 100
+    amplitude: float = 1.0
+    temperature: float = 1.0
+    covariance: str = "diagonal"
+    rank: int = 4
+    initial_std: float = 0.1
+    random_mean: bool = True
+    random_std: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, decoder and output distribution. D is `latent_dim`."""
+
+    encoder: str = "vae"
+    latent_dim: int = 10
+    hidden: tuple[int, ...] = (200, 200)
+    activation: str = "relu"
+    output: str = "gaussian"
+    gp: GPConfig = field(default_factory=GPConfig)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation. Adam 5e-4 and batch 128 follow Park et al. (2019).
+
+    Args:
+        epochs: at most this many passes over the training images.
+        patience: stop after this many epochs without a better validation bound.
+        evaluate_every: epochs between two validation bounds (and checkpoints).
+        valid_samples: posterior samples per image for the validation bound.
+        clip_norm: largest gradient norm.
+        device: "cpu", "cuda" or "auto" (cuda if there is one).
+        threads: CPU threads of one run; one suits small networks, and whole runs side by side
+            use the other cores.
+    """
+
+    epochs: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    patience: int = 150
+    evaluate_every: int = 10
+    valid_samples: int = 8
+    clip_norm: float = 100.0
+    device: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Test-time estimates: S importance samples, and whether to optimise each posterior."""
+
+    samples: int = 1000
+    elbo_samples: int = 100
+    gaps: bool = True
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: data, model, training, evaluation and the seed of weights, order and noise."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def name(self) -> str:
+        """What the run is called in rows and folders; its hash tells configurations apart."""
+        size = self.data.train_size or "all"
+        model = self.model
+        return (
+            f"{self.data.name}-{model.output}-d{model.latent_dim}-n{size}"
+            f"-{model.encoder}-s{self.seed}"
+        )
+
+    def override(self, **values: Any) -> RunConfig:
+        """A changed copy; nested keys are dotted: `override(**{"model.gp.features": 50})`."""
+        tree = asdict(self)
+        for key, value in values.items():
+            _set(tree, key, value)
+        return from_dict(RunConfig, tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, as stored in rows and checkpoints (tuples become lists)."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of SHA-256 over the canonical JSON form."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Build a configuration from nested plain values.
+
+    Raises:
+        ConfigError: a key that the dataclass does not have (the nearest is suggested) or a value
+            of the wrong type.
+    """
+    known = {f.name: f for f in fields(kind)}
+    defaults = kind()
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(unknown("configuration key", prefix + key, _paths(kind, prefix)))
+        result[key] = _convert(getattr(defaults, key), value, prefix + key)
+    return kind(**result)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two configurations, as `key: old -> new` lines."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+def _paths(kind: type, prefix: str = "") -> Iterator[str]:
+    defaults = kind()
+    for f in fields(kind):
+        value = getattr(defaults, f.name)
+        if is_dataclass(value):
+            yield from _paths(type(value), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node or isinstance(node[last], dict):
+        raise ConfigError(unknown("configuration key", key, _paths(RunConfig)))
+    node[last] = value
+
+
+def _convert(default: Any, value: Any, key: str) -> Any:
+    """Accept a value of the default's type; JSON's lists become tuples, ints become floats."""
+    if is_dataclass(default):
+        if is_dataclass(value):
+            return value
+        return from_dict(type(default), value, key + ".")
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is None:
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+    elif type(value) is type(default):
+        return value
+    expected = "int or None" if default is None else type(default).__name__
+    raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected}.")
+
+
+def _check(config: RunConfig) -> None:
+    m, gp, t, e = config.model, config.model.gp, config.training, config.evaluation
+    for kind, value, known in (
+        ("output distribution", m.output, OUTPUTS),
+        ("activation", m.activation, ACTIVATIONS),
+        ("covariance", gp.covariance, COVARIANCES),
+    ):
+        if value not in known:
+            raise ConfigError(unknown(kind, value, known))
+    positive = {
+        "model.latent_dim": m.latent_dim,
+        "model.gp.features": gp.features,
+        "model.gp.rank": gp.rank,
+        "model.gp.amplitude": gp.amplitude,
+        "model.gp.initial_std": gp.initial_std,
+        "training.epochs": t.epochs,
+        "training.batch_size": t.batch_size,
+        "training.learning_rate": t.learning_rate,
+        "training.patience": t.patience,
+        "training.evaluate_every": t.evaluate_every,
+        "training.valid_samples": t.valid_samples,
+        "training.clip_norm": t.clip_norm,
+        "training.threads": t.threads,
+        "evaluation.samples": e.samples,
+        "evaluation.elbo_samples": e.elbo_samples,
+    }
+    positive |= {f"model.hidden[{i}]": width for i, width in enumerate(m.hidden)}
+    for key, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{key} is {value}; expected a positive number.")
+    if gp.temperature < 0:
+        raise ConfigError(f"model.gp.temperature is {gp.temperature}; expected 0 or more.")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A set of runs that share a base configuration.
+
+    Args:
+        base: configuration of every run, before encoder, seed and size are filled in.
+        encoders: methods of the benchmark table.
+        seeds: one run for each.
+        outputs: output distributions of the benchmark table.
+        train_sizes: sizes of the training-size curve; None is all.
+        notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
+    """
+
+    name: str
+    base: RunConfig
+    encoders: tuple[str, ...] = ("vae", "gpvae")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    outputs: tuple[str, ...] = ("gaussian", "bernoulli")
+    train_sizes: tuple[int | None, ...] = (None,)
+    notebook_scale: float = 1.0
+
+    def runs(
+        self, output: str | None = None, train_sizes: tuple[int | None, ...] = (None,)
+    ) -> list[RunConfig]:
+        """All runs of the table (every encoder and seed), for one output or all of them."""
+        return [
+            replace(
+                self.base,
+                data=replace(self.base.data, train_size=size),
+                model=replace(self.base.model, encoder=encoder, output=out),
+                seed=seed,
+            )
+            for out in ([output] if output else self.outputs)
+            for size in train_sizes
+            for encoder in self.encoders
+            for seed in self.seeds
+        ]
+
+
+def _profiles() -> dict[str, Profile]:
+    digits = RunConfig()
+    smoke = digits.override(
+        **{
+            "data.train_size": 256,
+            "data.test_size": 64,
+            "model.hidden": (32,),
+            "model.latent_dim": 4,
+            "model.gp.features": 20,
+            "training.epochs": 20,
+            "evaluation.samples": 20,
+            "evaluation.elbo_samples": 10,
+        }
+    )
+    paper = digits.override(
+        **{
+            "data.name": "mnist",
+            "model.hidden": (500, 500),
+            "model.latent_dim": 50,
+            "training.epochs": 2000,
+            "evaluation.samples": 5000,
+        }
+    )
+    return {
+        "smoke": Profile("smoke", smoke, seeds=(0, 1), train_sizes=(64, 256), notebook_scale=0.05),
+        "digits": Profile("digits", digits, train_sizes=(100, 200, 400, 800, None)),
+        "paper": Profile("paper", paper, train_sizes=(500, 2000, 10000, None)),
+    }
+
+
+PROFILES = _profiles()
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name.
+
+    Raises:
+        ConfigError: unknown name; the nearest is suggested.
+    """
+    if name not in PROFILES:
+        raise ConfigError(unknown("profile", name, PROFILES))
+    return PROFILES[name]

@@ -1,0 +1,171 @@
+"""Result rows: appended atomically to JSON lines, reused while they still fit.
+
+A row is one (configuration, seed) with everything that made it: full configuration and its hash,
+the data's hash, a hash of the code that computes numbers, package versions, device, sample
+counts, estimates and standard errors. Tables and figures are pure functions of rows and of the
+per-image arrays beside them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gpvae import paths
+from gpvae.config import RunConfig, differences
+from gpvae.errors import DataError
+
+Row = dict[str, Any]
+
+NUMERICAL_MODULES = (
+    "data/dataset",
+    "evaluate",
+    "experiment",
+    "gp",
+    "networks",
+    "outputs",
+    "posteriors",
+    "special",
+    "svi",
+    "training",
+    "vae",
+)
+
+
+@cache
+def code_hash() -> str:
+    """Digest of the modules that numbers depend on; comments and docstrings do not count."""
+    sha = hashlib.sha256()
+    for module in NUMERICAL_MODULES:
+        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text("utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_docstring(body[0]):
+                body[0] = ast.Pass()
+        sha.update(ast.dump(tree).encode())
+    return sha.hexdigest()[:16]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    packages = ("gpvae", "torch", "numpy", "scipy", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def run_key(config: RunConfig, data_hash: str) -> str:
+    """Digest of what a result depends on: configuration, data and code."""
+    text = f"{config.hash()}{data_hash}{code_hash()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def stale_reason(row: Row, config: RunConfig, data_hash: str) -> str:
+    """Why a row of the same name cannot be reused; empty if it can."""
+    reasons = differences(row["config"], config.to_dict())
+    if row["data_hash"] != data_hash:
+        reasons.append(f"data: {row['data_hash']} -> {data_hash}")
+    if row["code_hash"] != code_hash():
+        reasons.append(f"code: {row['code_hash']} -> {code_hash()}")
+    return "; ".join(reasons)
+
+
+class Results:
+    """The rows and arrays of one profile, in `results/<profile>/`."""
+
+    def __init__(self, profile: str) -> None:
+        self.folder = paths.results(profile)
+        self.path = self.folder / "rows.jsonl"
+
+    def rows(self) -> list[Row]:
+        """The newest row of each name, in order of first appearance."""
+        return list({row["name"]: row for row in read_json_lines(self.path)}.values())
+
+    def find(self, name: str) -> Row | None:
+        """The newest row of that name."""
+        return next((row for row in self.rows() if row["name"] == name), None)
+
+    def append(self, row: Row, arrays: dict[str, np.ndarray]) -> None:
+        """Add a row and its per-image arrays; the row comes last, so it never lacks them."""
+        path = self.arrays_path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, path)
+        append_json_line(self.path, row)
+
+    def arrays_path(self, row: Row) -> Path:
+        """File of the row's per-image arrays."""
+        return self.folder / "arrays" / f"{row['name']}-{row['key']}.npz"
+
+    def arrays(self, row: Row) -> dict[str, np.ndarray]:
+        """Per-image arrays of a row, by name."""
+        with np.load(self.arrays_path(row), allow_pickle=False) as file:
+            return dict(file)
+
+    def frame(self) -> pd.DataFrame:
+        """Rows as a flat table: one line for each run, `config.model.encoder` and so on."""
+        return pd.json_normalize(self.rows())
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one line in a single write; a line cut short by a crash is closed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(value) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file, oldest first; none if it does not exist.
+
+    A line that is not JSON is what a killed process left; it is passed over, since the run that
+    wrote it is not finished and will be done again.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read {path}: {error}. Delete it to compute its rows again."
+        ) from error
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

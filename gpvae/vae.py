@@ -1,0 +1,154 @@
+"""The generative model, the VAE, and the bound that every model trains on.
+
+Dimensions: S samples, B images, D latent, P pixels. All densities are in nats per image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gpvae.config import ModelConfig
+from gpvae.errors import DataError
+from gpvae.networks import Decoder, Trunk
+from gpvae.outputs import make_output
+from gpvae.posteriors import LOG_2PI, DiagonalGaussian, Posterior
+
+
+class Generative(nn.Module):
+    """p(z) p(x | z) with p(z) = N(0, I); the same for every encoder.
+
+    Args:
+        shape: (C, H, W) of one image.
+        config: networks and output distribution.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], config: ModelConfig) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.latent_dim = config.latent_dim
+        self.decoder = Decoder(shape, config)
+        self.output = make_output(config.output)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Raw output parameters, [..., P], for z [..., D]."""
+        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z), [..., B], for images x [B, C, H, W] and z [..., B, D]."""
+        return self.output.log_prob(self.decode(z), x.flatten(1))
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """log N(z; 0, I), [...], for z [..., D]."""
+        return -0.5 * ((z**2).sum(-1) + z.shape[-1] * LOG_2PI)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z), [..., B]."""
+        return self.log_likelihood(x, z) + self.log_prior(z)
+
+    def mean_image(self, z: Tensor) -> Tensor:
+        """E[x | z] as images, [..., C, H, W]."""
+        return self.output.mean(self.decode(z)).unflatten(-1, self.shape)
+
+
+class GaussianEncoder(nn.Module):
+    """x -> N(b(x), diag c(x)^2): one trunk, a head for the mean and one for log c."""
+
+    def __init__(self, shape: tuple[int, int, int], config: ModelConfig) -> None:
+        super().__init__()
+        self.trunk = Trunk(shape, config)
+        self.mean_head = nn.Linear(self.trunk.out_features, config.latent_dim)
+        self.log_std_head = nn.Linear(self.trunk.out_features, config.latent_dim)
+
+    def forward(self, x: Tensor, generative: Generative | None = None) -> DiagonalGaussian:
+        """Posterior of images x [B, C, H, W]. Encoders that refine use `generative`."""
+        features = self.trunk(x)
+        return DiagonalGaussian(self.mean_head(features), self.log_std_head(features).exp())
+
+    def weight_kl(self) -> Tensor:
+        """KL of the posterior over encoder weights from its prior, in nats: none here."""
+        return self.mean_head.weight.new_zeros(())
+
+
+class VAE(nn.Module):
+    """Variational autoencoder: a generative model and an encoder of its posterior.
+
+    Subclasses change the encoder only. Calling the model on a batch returns its posterior.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma and Welling, 2014), https://arxiv.org/abs/1312.6114
+
+    Args:
+        shape: (C, H, W) of one image.
+        config: networks, latent dimension, output distribution, encoder options.
+
+    Example:
+        >>> import gpvae
+        >>> model = gpvae.VAE((1, 8, 8), gpvae.ModelConfig(latent_dim=3))
+        >>> model(torch.rand(5, 1, 8, 8)).rsample((7,)).shape
+        torch.Size([7, 5, 3])
+    """
+
+    encoder_type: type[nn.Module] = GaussianEncoder
+
+    def __init__(self, shape: tuple[int, int, int], config: ModelConfig | None = None) -> None:
+        super().__init__()
+        config = config or ModelConfig()
+        self.temperature = 1.0
+        self.generative = Generative(shape, config)
+        self.encoder = self.encoder_type(shape, config)
+
+    def forward(self, x: Tensor) -> Posterior:
+        """q(z | x) for images [B, C, H, W].
+
+        Raises:
+            DataError: images of another shape than the model was built for.
+        """
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.generative.shape:
+            raise DataError(
+                f"images have shape {tuple(x.shape)}; this model was built for "
+                f"[B, {', '.join(map(str, self.generative.shape))}]."
+            )
+        return self.encoder(x, self.generative)
+
+    def bound_terms(
+        self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The two terms of ELBO(x) = E_q log p(x | z) - KL, each sampled or exact.
+
+        Returns:
+            Log-likelihood [S, B] under posterior samples, and KL [B] (closed form) or [S, B]
+            (sampled, for posteriors without one).
+        """
+        posterior = self(x)
+        z = posterior.rsample((samples,), generator)
+        kl = posterior.kl()
+        if kl is None:
+            kl = posterior.log_prob(z) - self.generative.log_prior(z)
+        return self.generative.log_likelihood(x, z), kl
+
+    def loss_terms(
+        self, x: Tensor, n_train: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Terms of the loss, in nats per image, each averaged over the batch; their sum is
+        minimised: -E log p(x | z) + KL + temperature * weight KL / N.
+        """
+        log_lik, kl = self.bound_terms(x, generator=generator)
+        return {
+            "reconstruction": -log_lik.mean(),
+            "kl": kl.mean(),
+            "weight_kl": self.encoder.weight_kl() * (self.temperature / n_train),
+        }
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Mean images of latents drawn from the prior, [count, C, H, W]."""
+        parameter = next(self.parameters())
+        shape = (count, self.generative.latent_dim)
+        z = torch.randn(shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        return self.generative.mean_image(z)
+
+    def bits_per_dim(self, nats: Tensor) -> Tensor:
+        """A log-likelihood in nats per image as bits per dimension, -nats / (P log 2)."""
+        return -nats / (math.prod(self.generative.shape) * math.log(2))
