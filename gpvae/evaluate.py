@@ -180,12 +180,13 @@ def weight_terms(
     Without `densities` the last two, which cost time, are None.
     """
     for start in range(0, samples, DRAWS_PER_BLOCK):
-        z = q.rsample((min(DRAWS_PER_BLOCK, samples - start),), generator)
-        log_lik = chunked_log_likelihood(generative, x, z, memory)
+        shape = (min(DRAWS_PER_BLOCK, samples - start),)
         if densities:
-            yield log_lik, generative.log_prior(z), q.log_prob(z)
+            z, log_q = q.rsample_with_log_prob(shape, generator)
+            yield chunked_log_likelihood(generative, x, z, memory), generative.log_prior(z), log_q
         else:
-            yield log_lik, None, None
+            z = q.rsample(shape, generator)
+            yield chunked_log_likelihood(generative, x, z, memory), None, None
 
 
 def chunked_log_likelihood(generative: Generative, x: Tensor, z: Tensor, memory: int) -> Tensor:

@@ -104,6 +104,7 @@ def density_contours(
     ax.contourf(side, side, p, levels=[*levels, p.max() * 1.01], cmap="Blues", extend="neither")
     ax.contour(side, side, p, levels=levels, colors="0.3", linewidths=0.4)
     ax.set(aspect="equal", xlabel="$z_1$", ylabel="$z_2$")
+    ax.grid(False)
     return p
 
 

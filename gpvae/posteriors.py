@@ -52,6 +52,13 @@ class Posterior(ABC):
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z | x) in nats, [..., B], for z of shape [..., B, D]."""
 
+    def rsample_with_log_prob(
+        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples and their log q(z | x); flows override it, since they get both in one pass."""
+        z = self.rsample(shape, generator)
+        return z, self.log_prob(z)
+
     @abstractmethod
     def __getitem__(self, index: slice | Tensor) -> Posterior:
         """The posteriors of some of the images."""

@@ -370,7 +370,6 @@ def _papermill(
     """Call papermill, which formats its paths and would take braces in them for fields."""
     import papermill
 
-    target.unlink(missing_ok=True)  # never leave the copy of an earlier run behind a failure
     source, copy = (
         str(p.absolute()).replace("{", "{{").replace("}", "}}") for p in (notebook.path, target)
     )

@@ -123,10 +123,12 @@ class VAE(nn.Module):
             (sampled, for posteriors without one).
         """
         posterior = self(x)
-        z = posterior.rsample((samples,), generator)
         kl = posterior.kl()
         if kl is None:
-            kl = posterior.log_prob(z) - self.generative.log_prior(z)
+            z, log_q = posterior.rsample_with_log_prob((samples,), generator)
+            kl = log_q - self.generative.log_prior(z)
+        else:
+            z = posterior.rsample((samples,), generator)
         return self.generative.log_likelihood(x, z), kl
 
     def loss_terms(

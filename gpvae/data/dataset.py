@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,6 +132,7 @@ class Raw:
         levels: see `Images`.
         valid: the distributor's validation images, or None where there are none.
         hash: digest of the pixels where they are too many to be read for it; see `split`.
+        skipped: for each part, how many damaged images were left out on request.
     """
 
     train: np.ndarray | Rows
@@ -139,6 +140,7 @@ class Raw:
     levels: int = 256
     valid: np.ndarray | Rows | None = None
     hash: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def split(
     }
     if test_block:
         info["test_block"] = True
+    if any(raw.skipped.values()):
+        info["skipped"] = sum(raw.skipped.values())
     held = {key: _hold(rows, raw, stream_above) for key, rows in parts.items()}
     images = {key: part for key, (part, _) in held.items()}
     pieces = [array for _, arrays in held.values() for array in arrays]

@@ -24,6 +24,10 @@ WRITE_HINTS = {
 }
 
 
+class DamagedFileError(DataError):
+    """A file whose bytes cannot be decoded, as against one of a wrong kind, shape or size."""
+
+
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Turn whatever a parser raises on a damaged file into a DataError that names the file.
@@ -35,14 +39,14 @@ def reading(path: Path, expected: str) -> Iterator[None]:
         yield
     except Exception as error:
         if is_html(path):
-            raise DataError(
+            raise DamagedFileError(
                 f"{path} holds an HTML page, not {expected}: probably an error page saved under "
                 "the file's name. Delete it and fetch the file again."
             ) from error
         if isinstance(error, DataError):
             raise
         reason = str(error).strip().split("\n")[0] or "no further detail"
-        raise DataError(
+        raise DamagedFileError(
             f"{path} cannot be read as {expected} ({type(error).__name__}: {reason}). "
             "Replace it with an undamaged copy."
         ) from error

@@ -44,6 +44,8 @@ class Source:
         levels: number of grey levels.
         licence: as stated by the distributor.
         note: what a user should know before comparing numbers.
+        cached: the reader keeps resized images on disk, and so checks the sums of its files
+            only when it makes them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Source:
     levels: int = 256
     licence: str = "none stated"
     note: str = ""
+    cached: bool = False
 
     @property
     def sums_from(self) -> str:
@@ -272,6 +275,7 @@ RECORDS = (
         citation="Z. Liu, P. Luo, X. Wang, X. Tang, Deep learning face attributes in the wild, "
         "ICCV 2015",
         licence="non-commercial research only, http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        cached=True,
         note="Google Drive often refuses; then download both files by hand from the project's page",
     ),
     Source(

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from gpvae.data.dataset import Dataset, Images, Raw, check_images, split
-from gpvae.data.files import reading
+from gpvae.data.files import DamagedFileError, reading
 from gpvae.errors import DataError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]  # no format that runs a program
 MODES = {"1": 1, "L": 1, "RGB": 3}
+CONVERTIBLE = {*MODES, "CMYK", "LA", "P", "PA", "RGBA", "YCbCr"}  # 8 bits; others would be cut off
 MAX_PIXELS = 2**26  # per image
 
 
@@ -136,22 +137,23 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an .npz file: "images" and perhaps "test" (a single array is the images).
+    """Arrays of an .npz file: "images" and perhaps "test"; a single array is the images.
 
     Raises:
-        DataError: unreadable, other names, an array that claims more than the file holds.
+        DataError: unreadable, no such names, an array of another size than its header claims.
     """
     with reading(path, "an .npz file of arrays"), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        if len(names) != 1 and (set(names) - {"test"} != {"images"}):
+        if "images" in names:
+            wanted = {name: name for name in ("images", "test") if name in names}
+        elif len(names) == 1:
+            wanted = {"images": names[0]}
+        else:
             raise DataError(
-                f"{path} holds {', '.join(names) or 'nothing'}; expected one array, or 'images' "
-                "and 'test'."
+                f"{path} holds {', '.join(names) or 'nothing'}; expected 'images' (and 'test'), "
+                "or a single array."
             )
-        arrays = {name: _member(path, archive, f"{name}.npy") for name in names}
-    if len(names) == 1:
-        return {"images": arrays[names[0]]}
-    return arrays
+        return {key: _member(path, archive, f"{name}.npy") for key, name in wanted.items()}
 
 
 def _member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -203,7 +205,7 @@ def read_folder(
     for path in paths:
         try:
             image = read_image(path, resize, channels)
-        except DataError as error:
+        except DamagedFileError as error:
             if not skip_corrupt:
                 raise DataError(f"{error} To leave such images out: skip_corrupt=True.") from error
             skipped.append(path.name)
@@ -232,10 +234,10 @@ def read_image(
     with reading(path, "an image"), Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{path} has {image.width} x {image.height} pixels; too many.")
-        if channels is None and image.mode not in MODES:
+        if image.mode not in (MODES if channels is None else CONVERTIBLE):
+            advice = "Give channels=1 or 3." if image.mode in CONVERTIBLE else "Convert it first."
             raise DataError(
-                f"{path} has the mode {image.mode}; expected grey or RGB. Give channels=1 or 3 "
-                "to convert every image."
+                f"{path} has the mode {image.mode}; expected 8-bit grey or RGB. {advice}"
             )
         mode = {1: "L", 3: "RGB"}[channels or MODES[image.mode]]
         image = image.convert(mode)

@@ -1,0 +1,339 @@
+"""A derived array on disk, built once by several processes; a killed build goes on where it was.
+
+While it is built, the cache is a folder `NAME.build` with the array, the plan and a journal that
+names each finished block of images and its sum. A restart trusts only blocks whose sum is still
+right. When all are there, the folder is renamed to `NAME` in one step, so that `NAME` is always
+complete. A failed build removes its folder; an interrupted or killed one leaves it to go on.
+
+The workers are separate programs fed through pipes, not a process pool: they end by themselves
+when the builder is killed, and a calling script needs no `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from gpvae.data.files import file_sum, locked, reading, writing
+from gpvae.errors import DataError
+
+BLOCK = 500  # images that a worker hands in at once
+VARIABLE = "GPVAE_CACHE"
+Work = Callable[[int, int], tuple[np.ndarray, list[tuple[int, str]]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built.
+
+    Args:
+        folder: the finished cache.
+        shape: (N, C, H, W) of the uint8 images.
+        identity: JSON values that name the source; another identity is another cache.
+        module: the workers' program, run as `python -m module`; it calls `serve`.
+        job: JSON values for the workers.
+    """
+
+    folder: Path
+    shape: tuple[int, int, int, int]
+    identity: dict[str, object]
+    module: str
+    job: dict[str, object]
+
+    @property
+    def build_folder(self) -> Path:
+        """Where the unfinished cache is."""
+        return self.folder.with_name(self.folder.name + ".build")
+
+    def recorded(self) -> dict[str, object]:
+        """What a cache must say of itself to be that of this plan."""
+        return {"shape": list(self.shape), "identity": self.identity}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache.
+
+    Args:
+        images: [N, C, H, W] uint8, a read-only memory map.
+        sum: SHA-256 of the array's file, taken when it was built.
+        bad: {row: reason} of images that could not be decoded; their rows are zero.
+    """
+
+    images: np.ndarray
+    sum: str
+    bad: dict[int, str]
+
+
+def open_cache(plan: Plan) -> Cache | None:
+    """The finished cache, or None if there is none or one of another plan or size."""
+    try:
+        meta = json.loads((plan.folder / "meta.json").read_text())
+        images = np.load(plan.folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        if meta["plan"] != plan.recorded() or images.shape != plan.shape:
+            return None
+        return Cache(images, meta["sha256"], {int(k): v for k, v in meta["bad"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def check_cache(plan: Plan, cache: Cache) -> None:
+    """Raise DataError unless the array's file still has the sum it was built with."""
+    path = plan.folder / "images.npy"
+    if file_sum(path, "sha256") != cache.sum:
+        raise DataError(f"{path} has changed since it was built. Delete {plan.folder}.")
+
+
+def ensure(
+    plan: Plan,
+    *,
+    check: Callable[[], object] = lambda: None,
+    skip_bad: bool = False,
+    processes: int | None = None,
+    block: int = BLOCK,
+    progress: bool = True,
+) -> Cache:
+    """The finished cache, built if need be; of several processes one builds, the others wait.
+
+    Args:
+        plan: what is to be built.
+        check: called before a build, to check the source.
+        skip_bad: accept images that cannot be decoded.
+        processes: number of workers; None for one per core, at most 16.
+        block: images in a block.
+        progress: show a bar on standard error.
+
+    Raises:
+        DataError: an image that cannot be decoded (named), no space, no permission, a worker
+            that died.
+    """
+    cache = open_cache(plan)
+    if cache is None:
+        lock = plan.folder.with_name(plan.folder.name + ".lock")
+        with locked(lock, f"builds {plan.folder}", VARIABLE):
+            if open_cache(plan) is None:  # another process may have finished it meanwhile
+                check()
+                with _cleaned_up(plan), writing(plan.folder, VARIABLE):
+                    _build(plan, skip_bad, processes, block, progress)
+            cache = open_cache(plan)
+    if cache is None:
+        raise DataError(f"{plan.folder} was built but cannot be opened. Delete it and try again.")
+    if cache.bad and not skip_bad:
+        raise DataError(describe_bad(list(cache.bad.values())))
+    return cache
+
+
+def describe_bad(reasons: list[str]) -> str:
+    """What to say about images that cannot be decoded."""
+    more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+    return (
+        f"{' '.join(reasons[:3])}{more} To leave such images out: skip_corrupt=True, on the "
+        "command line `gpvae data cache NAME --skip-corrupt`."
+    )
+
+
+@contextmanager
+def _cleaned_up(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:  # finished blocks are kept: the next build goes on from them
+        raise
+    except BaseException:
+        shutil.rmtree(plan.build_folder, ignore_errors=True)
+        raise
+
+
+def _build(
+    plan: Plan, skip_bad: bool, processes: int | None, block: int, progress: bool
+) -> None:
+    folder = plan.build_folder
+    array, offset = _open_build(plan, block)
+    done = _finished_blocks(plan, block, offset)
+    todo = [k for k in range(-(-plan.shape[0] // block)) if k not in done]
+    workers = min(processes or min(os.cpu_count() or 1, 16), max(1, len(todo)))
+    jobs = [
+        {
+            **plan.job,
+            "out": str(array),
+            "offset": offset,
+            "count": plan.shape[0],
+            "block": block,
+            "blocks": todo[k::workers],
+        }
+        for k in range(workers)
+    ]
+    with (folder / "journal.jsonl").open("a") as journal, _bar(plan, done, block, progress) as bar:
+        for line in _results(plan.module, jobs) if todo else ():
+            if line["bad"] and not skip_bad:
+                raise DataError(describe_bad([reason for _, reason in line["bad"]]))
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+            done[line["block"]] = line
+            bar.update(line["images"])
+    bad = {row: reason for line in done.values() for row, reason in line["bad"]}
+    meta = {"plan": plan.recorded(), "sha256": file_sum(array, "sha256"), "bad": bad}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "journal.jsonl").unlink()
+    if plan.folder.exists():  # of another plan, or damaged
+        shutil.rmtree(plan.folder)
+    folder.rename(plan.folder)
+
+
+def _open_build(plan: Plan, block: int) -> tuple[Path, int]:
+    """Path of the growing array and the offset of its first pixel; begun anew if need be."""
+    folder = plan.build_folder
+    array, note = folder / "images.npy", folder / "plan.json"
+    recorded = json.dumps({**plan.recorded(), "block": block}, sort_keys=True)
+    size = int(np.prod(plan.shape, dtype=np.int64))
+    with suppress(OSError, ValueError):
+        if note.read_text() == recorded:
+            images = np.load(array, mmap_mode="r", allow_pickle=False)
+            if images.shape == plan.shape:
+                return array, images.offset
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DataError(
+            f"cannot write {plan.folder}: it needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+            f"are free there. Free some, or choose another folder with {VARIABLE}."
+        )
+    offset = np.lib.format.open_memmap(array, "w+", np.uint8, plan.shape).offset
+    if hasattr(os, "posix_fallocate"):  # takes the space now, not in the middle of the work
+        with array.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, offset + size)
+    note.write_text(recorded)  # last: without it the folder is begun anew
+    return array, offset
+
+
+def _finished_blocks(plan: Plan, block: int, offset: int) -> dict[int, dict]:
+    """Journal lines of the blocks whose bytes still have the sum that the journal tells."""
+    done: dict[int, dict] = {}
+    journal = plan.build_folder / "journal.jsonl"
+    if not journal.exists():
+        return done
+    images = np.load(plan.build_folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    for text in journal.read_text().splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # the last line may be half-written
+            line = json.loads(text)
+            start = line["block"] * block
+            if sha256(images[start : start + block]).hexdigest() == line["sha256"]:
+                done[line["block"]] = line
+    return done
+
+
+def _results(module: str, jobs: list[dict]) -> Iterator[dict]:
+    """Start one worker per job and give their lines as they come; all have ended afterwards."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    workers = [_start(module, job) for job in jobs]
+    try:
+        for worker in workers:
+            threading.Thread(target=_relay, args=(worker, lines), daemon=True).start()
+        running = len(workers)
+        while running:
+            text = lines.get()
+            if text is None:
+                running -= 1
+                continue
+            line = json.loads(text)
+            if "error" in line:
+                raise DataError(line["error"])
+            yield line
+        for worker in workers:
+            if worker.wait() != 0:
+                raise DataError(f"a worker ended with code {worker.returncode}; run it again.")
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def _start(module: str, job: dict) -> subprocess.Popen[str]:
+    """A worker with its job on its way; it imports what this process would import."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **single, "PYTHONPATH": paths},
+    )
+    with suppress(BrokenPipeError):  # it died at once: its return code will tell
+        worker.stdin.write(json.dumps(job))
+        worker.stdin.close()
+    return worker
+
+
+def _relay(worker: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in worker.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def _bar(plan: Plan, done: dict[int, dict], block: int, progress: bool):
+    from tqdm import tqdm
+
+    return tqdm(
+        total=plan.shape[0],
+        initial=sum(line["images"] for line in done.values()),
+        desc=plan.folder.name,
+        unit=" images",
+        mininterval=2,
+        disable=not progress,
+    )
+
+
+def serve(make: Callable[[dict], Work]) -> None:
+    """A worker's program: read the job, make its blocks, write them and report each.
+
+    Args:
+        make: gives, for a job, the function that makes images [start, stop) as uint8 and lists
+            (row, reason) for those that cannot be decoded.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder decides when to stop
+    job = json.load(sys.stdin)
+    try:
+        with reading(Path(job["out"]), "the growing cache"):
+            work = make(job)
+            for number in job["blocks"]:
+                _report(_make_block(job, work, number))
+    except DataError as error:
+        _report({"error": str(error)})
+        sys.exit(1)
+
+
+def _make_block(job: dict, work: Work, number: int) -> dict:
+    start = number * job["block"]
+    stop = min(start + job["block"], job["count"])
+    pixels, bad = work(start, stop)
+    data = pixels.tobytes()
+    with writing(Path(job["out"]), VARIABLE), open(job["out"], "r+b") as out:
+        out.seek(job["offset"] + start * pixels[0].nbytes)
+        out.write(data)
+    return {
+        "block": number,
+        "images": stop - start,
+        "sha256": sha256(data).hexdigest(),
+        "bad": bad,
+    }
+
+
+def _report(line: dict) -> None:
+    try:
+        print(json.dumps(line), flush=True)
+    except BrokenPipeError:  # the builder is gone, and nobody will hear of it
+        os._exit(1)
