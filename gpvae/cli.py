@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module, metadata
 
+from gpvae.disk import DISK
 from gpvae.errors import GPVAEError, TrainingError
-from gpvae.reproduce import DISK
 
 # Each offers add_parser(subparsers) and sets `run(args) -> int`. None may import torch at its
 # top level: `gpvae --help` answers at once.

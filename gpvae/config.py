@@ -62,7 +62,7 @@ class ModelConfig:
 
     encoder: str = "vae"
     latent_dim: int = 10
-    hidden: tuple[int, ...] = (200, 200)
+    hidden: tuple[int, ...] = (100, 100)
     activation: str = "relu"
     output: str = "gaussian"
     gp: GPConfig = field(default_factory=GPConfig)
@@ -83,10 +83,10 @@ class TrainingConfig:
             use the other cores.
     """
 
-    epochs: int = 1000
+    epochs: int = 500
     batch_size: int = 128
     learning_rate: float = 5e-4
-    patience: int = 150
+    patience: int = 100
     evaluate_every: int = 10
     valid_samples: int = 8
     clip_norm: float = 100.0
@@ -98,7 +98,7 @@ class TrainingConfig:
 class EvaluationConfig:
     """Test-time estimates: S importance samples, and whether to optimise each posterior."""
 
-    samples: int = 1000
+    samples: int = 500
     elbo_samples: int = 100
     gaps: bool = True
     seed: int = 1
@@ -255,7 +255,7 @@ class Profile:
         encoders: methods of the benchmark table.
         seeds: one run for each.
         outputs: output distributions of the benchmark table.
-        train_sizes: sizes of the training-size curve; None is all.
+        train_sizes: sizes of the training-size curve; None is the base configuration's.
         notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
     """
 
@@ -274,7 +274,7 @@ class Profile:
         return [
             replace(
                 self.base,
-                data=replace(self.base.data, train_size=size),
+                data=replace(self.base.data, train_size=size or self.base.data.train_size),
                 model=replace(self.base.model, encoder=encoder, output=out),
                 seed=seed,
             )
@@ -286,7 +286,7 @@ class Profile:
 
 
 def _profiles() -> dict[str, Profile]:
-    digits = RunConfig()
+    digits = RunConfig().override(**{"training.learning_rate": 1e-3})  # few steps an epoch
     smoke = digits.override(
         **{
             "data.train_size": 256,
@@ -305,11 +305,12 @@ def _profiles() -> dict[str, Profile]:
             "model.hidden": (500, 500),
             "model.latent_dim": 50,
             "training.epochs": 2000,
+            "training.learning_rate": 5e-4,
             "evaluation.samples": 5000,
         }
     )
     return {
-        "smoke": Profile("smoke", smoke, seeds=(0, 1), train_sizes=(64, 256), notebook_scale=0.05),
+        "smoke": Profile("smoke", smoke, seeds=(0, 1), train_sizes=(64, None), notebook_scale=0.05),
         "digits": Profile("digits", digits, train_sizes=(100, 200, 400, 800, None)),
         "paper": Profile("paper", paper, train_sizes=(500, 2000, 10000, None)),
     }

@@ -154,13 +154,20 @@ def test_closed_pipe_is_no_traceback():
     code = (
         "import sys\n"
         "from gpvae import cli, reproduce\n"
-        "reproduce.reproduce = lambda *_, **__: print('x')\n"
+        "reproduce.run = lambda args: print('x') or 0\n"
         "sys.exit(cli.main(['reproduce']))"
     )
+    # Buffered, as in a shell's pipe: the line leaves at the end only.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
+        [sys.executable, "-c", code],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        timeout=60,
     )
     os.close(writing)
     assert done.stderr == ""

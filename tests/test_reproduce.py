@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from gpvae import events, paths, reproduce
+from gpvae import events, kernel, paths, reproduce
 from gpvae.errors import ConfigError, NotebookError
 from gpvae.events import Event, Failure, NotebookRun, Summary
 
-PARAMETERS = 'profile = "digits"\nforce = False\nseeds = 1\n'
+PARAMETERS = 'profile = "digits"\nfresh_since = 0.0\nseeds = 1\n'
 DRIVER = """
 import signal, sys
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_success(folder, monkeypatch, capfd):
     first = write(
         folder,
         "01_first",
-        "import json; print(json.dumps([profile, force, seeds, names]))",
+        "import json; print(json.dumps([profile, fresh_since > 0, seeds, names]))",
         "from gpvae.events import record\n"
         "record(profile, 'figure', 'prior', 'made', seconds=0.25)\n"
         "record(profile, 'row', 'a', 'recomputed', 'the data changed', 2.0)\n"
@@ -147,7 +147,7 @@ def test_kernel_is_this_interpreter_and_this_package(folder, tmp_path, monkeypat
     for name in ("JUPYTER_DATA_DIR", "JUPYTER_PATH"):
         monkeypatch.setenv(name, str(tmp_path / "rogue"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setattr(reproduce, "START_TIMEOUT", 10)
+    monkeypatch.setattr(kernel, "START_TIMEOUT", 10)
     write(
         folder,
         "01_first",
@@ -165,7 +165,7 @@ def test_kernel_writes_and_imports_where_this_process_does(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPVAE_ROOT", "here")
     monkeypatch.setenv("PYTHONPATH", "other")
-    environment = reproduce._environment(tmp_path)
+    environment = kernel._environment(tmp_path)
     assert environment["GPVAE_ROOT"] == str(tmp_path / "here")
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(paths.CHECKOUT), "other"]
 
@@ -201,7 +201,7 @@ def test_traceback_of_a_library_is_shown(folder):
     assert len(summary.runs[0].failure.traceback) <= reproduce.TAIL
 
 
-def test_cell_beyond_the_limit_is_stopped(folder, tmp_path):
+def test_cell_beyond_the_limit_is_stopped(folder, tmp_path, caplog):
     note = tmp_path / "pid"
     write(
         folder,
@@ -219,6 +219,7 @@ def test_cell_beyond_the_limit_is_stopped(folder, tmp_path):
     assert "time.sleep(100)" in output
     assert gone(int(note.read_text()))
     assert printed("02_second") == "fine\n"
+    assert not [each for each in caplog.records if each.name == "papermill"]  # nbclient's complaint
 
 
 def test_dying_kernel_is_a_failure_and_does_not_hang(folder):
@@ -234,7 +235,7 @@ def test_dying_kernel_is_a_failure_and_does_not_hang(folder):
 
 
 def test_kernel_that_does_not_start_is_a_failure(folder, monkeypatch):
-    monkeypatch.setattr(reproduce, "_environment", lambda _: {"PYTHONHOME": "/nowhere"})
+    monkeypatch.setattr(kernel, "_environment", lambda _: {"PYTHONHOME": "/nowhere"})
     write(folder, "01_first", "print('never')")
     summary, output = launch(folder)
     assert summary.exit_code == 1
@@ -277,9 +278,9 @@ def test_left_over_kernel_is_killed():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     provisioners = (None, SimpleNamespace(process=process))  # None: it never started
     kernels = [SimpleNamespace(provisioner=each) for each in provisioners]
-    reproduce._kill(kernels)
+    kernel._kill(kernels)
     assert process.returncode == -signal.SIGKILL
-    assert "SIGKILL, often a sign that the memory" in reproduce._last_words(kernels)
+    assert "SIGKILL, often a sign that the memory" in kernel._last_words(kernels)
 
 
 # Disks
@@ -339,6 +340,7 @@ def test_parameter_that_some_notebooks_lack(folder):
 def test_profile_and_force_are_no_free_parameters(folder):
     write(folder, "01_first")
     refused(folder, "set profile with --profile", parameters={"profile": "paper"})
+    refused(folder, "set fresh_since with --force", parameters={"fresh_since": 1.0})
 
 
 def test_value_that_cannot_be_written_as_a_literal(folder):
@@ -350,7 +352,7 @@ def test_value_that_cannot_be_written_as_a_literal(folder):
     ("parameters", "message"),
     [
         (None, "0 cells tagged"),
-        ("profile = 'x'", "lacks force"),
+        ("profile = 'x'", "lacks fresh_since"),
         ("seeds = ", "is not Python"),
     ],
 )
@@ -441,7 +443,7 @@ def test_terminal_shows_one_bar(folder, monkeypatch):
             on_cell(index)
         return Failure("ValueError", "boom", cell=1) if notebook.name == "02_second" else None
 
-    monkeypatch.setattr(reproduce, "_execute", execute)
+    monkeypatch.setattr(reproduce, "execute", execute)
     for name in ("01_first", "02_second"):
         write(folder, name, "pass", "pass")
     stream = Terminal()

@@ -1,14 +1,16 @@
 """Image sets: validated tensors, fixed splits and the readers that fill them.
 
-| idea                                     | module                                   |
-|------------------------------------------|------------------------------------------|
-| images, splits, binarisation             | `dataset`, `rows`                        |
-| what exists, where, with which sums      | `sources`, `sums`, `places`, `catalog`   |
-| original formats                         | `idx`, `matlab`, `cifar`, `omniglot`, `frey`, `celeba` |
-| a user's own images                      | `user`                                   |
-| the resized CelebA cache                 | `celeba`, `cache`, `resize`              |
-| images larger than memory                | `stream`                                 |
-| the `gpvae data` command                 | `cli`, `fetch`                           |
+| idea                                 | module                                           |
+|--------------------------------------|--------------------------------------------------|
+| images, splits, binarisation         | `dataset`, `rows`                                |
+| what exists, where, with which sums  | `sources`, `sums`, `places`, `locate`            |
+| a set by name                        | `catalog`                                        |
+| original formats                     | `idx`, `matlab`, `cifar`, `omniglot`, `frey`     |
+| CelebA and its resized cache         | `celeba`, `cache`, `resize`                      |
+| a user's own images                  | `user`                                           |
+| images larger than memory            | `stream`                                         |
+| the `gpvae data` command             | `cli`, `fetch`, `verify`                         |
+| damaged files, write errors, locks   | `files`                                          |
 
 Names are imported when they are asked for, so that the command line starts without torch.
 """

@@ -26,6 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from gpvae.data.files import file_sum, locked, reading, writing
 from gpvae.errors import DataError
@@ -156,9 +157,7 @@ def _cleaned_up(plan: Plan) -> Iterator[None]:
         raise
 
 
-def _build(
-    plan: Plan, skip_bad: bool, processes: int | None, block: int, progress: bool
-) -> None:
+def _build(plan: Plan, skip_bad: bool, processes: int | None, block: int, progress: bool) -> None:
     folder = plan.build_folder
     array, offset = _open_build(plan, block)
     done = _finished_blocks(plan, block, offset)
@@ -175,7 +174,8 @@ def _build(
         }
         for k in range(workers)
     ]
-    with (folder / "journal.jsonl").open("a") as journal, _bar(plan, done, block, progress) as bar:
+    with (folder / "journal.jsonl").open("w") as journal, _bar(plan, done, progress) as bar:
+        journal.writelines(json.dumps(line) + "\n" for line in done.values())
         for line in _results(plan.module, jobs) if todo else ():
             if line["bad"] and not skip_bad:
                 raise DataError(describe_bad([reason for _, reason in line["bad"]]))
@@ -284,9 +284,7 @@ def _relay(worker: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) 
     lines.put(None)
 
 
-def _bar(plan: Plan, done: dict[int, dict], block: int, progress: bool):
-    from tqdm import tqdm
-
+def _bar(plan: Plan, done: dict[int, dict], progress: bool) -> tqdm:
     return tqdm(
         total=plan.shape[0],
         initial=sum(line["images"] for line in done.values()),

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,9 @@ from gpvae.data.files import file_sum, reading, refuse_outside
 from gpvae.data.resize import area_mean
 from gpvae.data.rows import Rows
 from gpvae.errors import DataError
+
+if TYPE_CHECKING:
+    from gpvae.data.dataset import Raw
 
 WIDTH, HEIGHT = 178, 218
 CROP = 148
@@ -38,7 +42,7 @@ def read_set(
     processes: int | None = None,
     block: int = cache.BLOCK,
     progress: bool = True,
-):
+) -> Raw:
     """All images as rows of the cache, which is built first if need be.
 
     Args:

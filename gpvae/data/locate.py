@@ -159,6 +159,8 @@ def state(source: Source, limit: int = LIST_LIMIT) -> State:
     files = {f.name: f for layout in source.layouts for f in layout if f.name in found}
     size = sum(path.stat().st_size for path in found.values() if path.is_file())
     many = f"{len(found)} file{'s' if len(found) > 1 else ''}, {size / 1e6:,.1f} MB"
+    if source.cached:
+        many += _cache_state(found)
     if not any(file.sums for file in files.values()):
         return State(True, f"present ({many}; no published sum recorded)")
     if size > limit:
@@ -171,3 +173,15 @@ def state(source: Source, limit: int = LIST_LIMIT) -> State:
     unsummed = sum(not file.sums for file in files.values())
     exception = f"; {unsummed} without a published sum" if unsummed else ""
     return State(True, f"present, verified ({many}; sums match{exception})")
+
+
+def _cache_state(found: dict[str, Path]) -> str:
+    from gpvae.data import cache, celeba  # only celeba has a cache
+
+    try:
+        plan = celeba.make_plan(found)
+    except DataError:
+        return ""
+    if cache.open_cache(plan) is not None:
+        return ", cache built"
+    return ", cache interrupted" if plan.build_folder.exists() else ", cache not built yet"

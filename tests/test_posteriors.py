@@ -1,0 +1,167 @@
+"""Identities and limits of the posteriors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from gpvae.posteriors import DiagonalGaussian, RandomFunctionPosterior
+
+CASES = [  # F, S, H, T
+    (0.4, 0.5, 0.8, 0.3),
+    (-1.0, 0.0, 0.6, 0.1),
+    (0.0, 0.3, -0.5, 0.2),
+    (2.0, 0.05, 1.5, 0.5),
+    (0.3, 1.0, 0.0, 0.5),
+]
+
+
+def make(case, **options):
+    return RandomFunctionPosterior(
+        *(torch.tensor([[v]], dtype=torch.float64) for v in case), **options
+    )
+
+
+def density(case, z):
+    """Predictive density by adaptive quadrature over h."""
+    f, s, h, t = case
+
+    def integrand(e):
+        var = s**2 + (h + t * e) ** 2
+        return math.exp(-0.5 * e**2 - 0.5 * (z - f) ** 2 / var) / (2 * math.pi * math.sqrt(var))
+
+    points = [-h / t] if abs(h / t) < 10 else None
+    return integrate.quad(integrand, -10, 10, points=points, epsabs=1e-13, limit=400)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predictive_density_against_adaptive_quadrature(case):
+    q = make(case)
+    for offset in (-3.0, -1.0, -0.2, 0.4, 2.0):
+        z = case[0] + offset * q.std.item()
+        ours = q.log_prob(torch.tensor([[z]], dtype=torch.float64)).item()
+        assert ours == pytest.approx(math.log(density(case, z)), abs=2e-4), (case, offset)
+
+
+def test_quadrature_converges_geometrically_when_h_is_away_from_zero():
+    case = (0.4, 0.5, 0.8, 0.2)
+    z = torch.tensor([[1.1]], dtype=torch.float64)
+    exact = math.log(density(case, 1.1))
+    errors = [abs(make(case, nodes=n).log_prob(z).item() - exact) for n in (4, 8, 16, 32)]
+    assert errors[-1] < 1e-9
+    assert all(b < a / 5 for a, b in zip(errors, errors[1:], strict=False) if a > 1e-9), errors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predictive_density_integrates_to_one(case):
+    q = make(case)
+    z = q.mean + q.std * torch.linspace(-14, 14, 200_001, dtype=torch.float64)[:, None, None]
+    p = q.log_prob(z).exp()[:, 0]
+    total = torch.trapezoid(p, z[:, 0, 0]).item()
+    assert total == pytest.approx(1, abs=2e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_follow_the_predictive_density(case):
+    q = make(case)
+    z = q.rsample((20_000,), torch.Generator().manual_seed(0))[:, 0, 0].numpy()
+    grid = q.mean.item() + q.std.item() * np.linspace(-12, 12, 40_001)
+    p = q.log_prob(torch.from_numpy(grid)[:, None, None]).exp()[:, 0].numpy()
+    cdf = integrate.cumulative_trapezoid(p, grid, initial=0)
+    assert stats.kstest(z, lambda v: np.interp(v, grid, cdf)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mean_and_variance_match_the_density(case):
+    q = make(case)
+    f, s, h, t = case
+    assert q.mean.item() == f
+    assert q.std.item() ** 2 == pytest.approx(s**2 + h**2 + t**2)
+    assert torch.equal(q.gaussian().std, q.std)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_expected_kl_against_quadrature(case):
+    f, s, h, t = case
+
+    def integrand(e):
+        value = h + t * e
+        kl = 0.5 * (f**2 + s**2 + value**2 - 1 - math.log(value**2))
+        return kl * stats.norm.pdf(e)
+
+    points = [-h / t] if abs(h / t) < 12 else None
+    exact = integrate.quad(integrand, -12, 12, points=points, epsabs=1e-12, limit=400)[0]
+    assert make(case).kl().item() == pytest.approx(exact, abs=1e-8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_expected_kl_is_at_least_the_predictive_kl(case):
+    q = make(case)
+    z = q.mean + q.std * torch.linspace(-14, 14, 100_001, dtype=torch.float64)[:, None, None]
+    log_q = q.log_prob(z)[:, 0]
+    log_p = stats.norm.logpdf(z[:, 0, 0].numpy())
+    kl = torch.trapezoid(log_q.exp() * (log_q - torch.from_numpy(log_p)), z[:, 0, 0])
+    assert q.kl().item() > kl.item()
+
+
+def test_without_function_variance_it_is_the_gaussian_exactly():
+    torch.manual_seed(0)
+    mean, std = torch.randn(5, 3).double(), torch.rand(5, 3).double() + 0.1
+    q = RandomFunctionPosterior(mean, torch.zeros_like(mean), std, torch.zeros_like(mean))
+    normal = DiagonalGaussian(mean, std)
+    z = torch.randn(7, 5, 3).double()
+    torch.testing.assert_close(q.log_prob(z), normal.log_prob(z), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(q.kl(), normal.kl(), rtol=1e-13, atol=1e-13)
+
+
+def test_sign_of_h_is_free():
+    case = (0.4, 0.5, 0.8, 0.3)
+    flipped = (0.4, 0.5, -0.8, 0.3)
+    z = torch.tensor([[0.9]], dtype=torch.float64)
+    assert make(case).log_prob(z).item() == pytest.approx(make(flipped).log_prob(z).item())
+    assert make(case).kl().item() == pytest.approx(make(flipped).kl().item())
+
+
+def test_gaussian_against_torch_distributions():
+    torch.manual_seed(0)
+    mean, std = torch.randn(5, 3).double(), torch.rand(5, 3).double() + 0.1
+    q = DiagonalGaussian(mean, std)
+    normal = torch.distributions.Independent(torch.distributions.Normal(mean, std), 1)
+    prior = torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(std)), 1
+    )
+    z = torch.randn(4, 5, 3).double()
+    torch.testing.assert_close(q.log_prob(z), normal.log_prob(z))
+    torch.testing.assert_close(q.kl(), torch.distributions.kl_divergence(normal, prior))
+
+
+def test_scores_are_their_definitions():
+    s, h, t = (torch.rand(4, 3).double() + 0.1 for _ in range(3))
+    q = RandomFunctionPosterior(torch.zeros(4, 3).double(), s, h, t)
+    scores = q.scores()
+    torch.testing.assert_close(scores["relative_f_var"], (s**2 / (h**2 + t**2)).mean(1))
+    torch.testing.assert_close(scores["f_var"], (s**2).sum(1))
+    torch.testing.assert_close(scores["h_var"], (t**2).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "random"])
+def test_shapes_and_indexing(kind):
+    parts = [torch.rand(6, 3) + 0.1 for _ in range(4)]
+    q = DiagonalGaussian(*parts[:2]) if kind == "gaussian" else RandomFunctionPosterior(*parts)
+    z = q.rsample((5,))
+    assert z.shape == (5, 6, 3)
+    assert q.rsample().shape == (6, 3)
+    assert q.log_prob(z).shape == (5, 6)
+    assert q.kl().shape == (6,)
+    torch.testing.assert_close(q[2:4].log_prob(z[:, 2:4]), q.log_prob(z)[:, 2:4])
+
+
+def test_samples_are_reparameterised():
+    parts = [(torch.rand(2, 3) + 0.1).requires_grad_() for _ in range(4)]
+    q = RandomFunctionPosterior(*parts)
+    (q.rsample((8,)) ** 2).sum().backward()
+    assert all(p.grad is not None and (p.grad != 0).all() for p in parts)
