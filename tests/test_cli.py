@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpvae import cli, reproduce
+from gpvae import cli, disk, reproduce
 from gpvae.errors import CheckpointError, ConfigError, DataError, NotebookError, TrainingError
 
 
@@ -123,7 +123,7 @@ def test_parameter_values(text, value):
         (DataError("why"), 2),
         (CheckpointError("why"), 2),
         (NotebookError("why"), 2),
-        (reproduce.RunError("why"), 1),
+        (disk.RunError("why"), 1),
         (TrainingError("why"), 1),
         (OSError(errno.ENOSPC, "why", "/some/file"), 1),
         (PermissionError(errno.EACCES, "why", "/some/file"), 1),

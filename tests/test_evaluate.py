@@ -39,10 +39,10 @@ def test_importance_weighting_meets_the_known_log_p_within_its_error(
 ):
     known = linear_gaussian(kind, orthogonal=False, std=1.5)
     with torch.no_grad():  # wider than the posterior, so that the weights have a finite variance
-        known.model.encoder.log_std_head.bias.fill_(0.4)
+        known.model.encoder.log_std_head.bias.fill_(0.7)
     estimate = log_likelihood(known.model, known.x, 20_000, proposal=proposal)
     z = (estimate.value - known.log_prob(known.x)) / estimate.stderr
-    assert estimate.stderr.max() < 0.05
+    assert estimate.stderr.max() < 0.1
     assert z.abs().max() < 4.5, z
     assert 0.5 < (z**2).mean() < 2, z
 

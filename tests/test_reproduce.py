@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from gpvae import events, kernel, paths, reproduce
+from gpvae import disk, events, kernel, paths, reproduce
 from gpvae.errors import ConfigError, NotebookError
 from gpvae.events import Event, Failure, NotebookRun, Summary
 
@@ -198,7 +198,7 @@ def test_traceback_of_a_library_is_shown(folder):
     assert "    -->   2  json.loads('{')\n" in output
     assert "last lines of the traceback:\n" in output
     assert "raw_decode" in output and "\x1b" not in output
-    assert len(summary.runs[0].failure.traceback) <= reproduce.TAIL
+    assert len(summary.runs[0].failure.traceback) <= kernel.TAIL
 
 
 def test_cell_beyond_the_limit_is_stopped(folder, tmp_path, caplog):
@@ -291,7 +291,7 @@ def test_unwritable_folder(folder, blocked):
     write(folder, "01_first", "print('never')")
     paths.root().mkdir()
     (paths.root() / blocked).write_text("a file where a folder should be")
-    with pytest.raises(reproduce.RunError, match=f"cannot write to .*{blocked}.*GPVAE_ROOT"):
+    with pytest.raises(disk.RunError, match=f"cannot write to .*{blocked}.*GPVAE_ROOT"):
         launch(folder)
 
 
@@ -301,7 +301,7 @@ def test_full_disk_while_a_copy_is_saved(folder, monkeypatch):
 
     monkeypatch.setattr("papermill.iorw.LocalHandler.write", fail)
     write(folder, "01_first", "print('never')")
-    with pytest.raises(reproduce.RunError, match=r"disk of .* is full"):
+    with pytest.raises(disk.RunError, match=r"disk of .* is full"):
         launch(folder)
 
 
@@ -310,7 +310,7 @@ def test_full_disk_inside_a_notebook_ends_the_run(folder):
     write(folder, "01_first", "with open('/dev/full', 'w') as file:\n    file.write('x')")
     write(folder, "02_second", "print('never')")
     stream = io.StringIO()
-    with pytest.raises(reproduce.RunError, match=r"disk of .* is full"):
+    with pytest.raises(disk.RunError, match=r"disk of .* is full"):
         reproduce.reproduce("smoke", notebooks=folder, stream=stream)
     assert re.search(r"02_second .* not started\n", stream.getvalue())
 
@@ -322,7 +322,7 @@ def refused(folder: Path, message: str, kind: type[Exception] = NotebookError, *
     """The run is refused with that message, and nothing has been written."""
     with pytest.raises(kind, match=message) as caught:
         launch(folder, **options)
-    assert not isinstance(caught.value, reproduce.RunError)
+    assert not isinstance(caught.value, disk.RunError)
     assert not paths.root().exists()
 
 
