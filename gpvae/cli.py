@@ -14,7 +14,7 @@ from gpvae.errors import GPVAEError, TrainingError
 
 # Each offers add_parser(subparsers) and sets `run(args) -> int`. None may import torch at its
 # top level: `gpvae --help` answers at once.
-MODULES = ("gpvae.reproduce",)
+MODULES = ("gpvae.reproduce", "gpvae.train_command")
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 

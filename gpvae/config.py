@@ -19,6 +19,7 @@ T = TypeVar("T")
 OUTPUTS = ("bernoulli", "gaussian")
 COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
+REFITS = ("all", "weights")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,53 @@ class GPConfig:
 
 
 @dataclass(frozen=True)
+class FlowConfig:
+    """The flows, IAF and Householder; other encoders ignore it.
+
+    Args:
+        steps: K, from 0 (the VAE) to 100.
+        hidden: H, hidden units of each IAF step, at least the latent dimension.
+        context: C, size of the encoder's message to the IAF steps.
+    """
+
+    steps: int = 4
+    hidden: int = 100
+    context: int = 50
+
+    def __post_init__(self) -> None:
+        _check_range("model.flow.steps", self.steps, 0, 100)
+        _check_range("model.flow.hidden", self.hidden, 1, 100_000)
+        _check_range("model.flow.context", self.context, 1, 100_000)
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The mixture encoders, joint (ME) and recursive (RME); the last four are RME's alone.
+
+    Args:
+        components: M, from 1 (the VAE) to 100.
+        divergence_bound: C, in nats: most that a sample's log q - log Q counts for a new component.
+        first_share: share of the epochs before the second component.
+        fit_share: share of each later stage in which the new component alone is fitted.
+        refit: what follows the mixture's bound afterwards, "all" or "weights" (and decoder).
+    """
+
+    components: int = 3
+    divergence_bound: float = 10.0
+    first_share: float = 0.5
+    fit_share: float = 0.3
+    refit: str = "all"
+
+    def __post_init__(self) -> None:
+        _check_range("model.mixture.components", self.components, 1, 100)
+        _check_range("model.mixture.divergence_bound", self.divergence_bound, 0, 1e6)
+        _check_range("model.mixture.first_share", self.first_share, 0, 1)
+        _check_range("model.mixture.fit_share", self.fit_share, 0, 1)
+        if self.refit not in REFITS:
+            raise ConfigError(unknown("refit", self.refit, REFITS))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Encoder, decoder and output distribution. D is `latent_dim`."""
 
@@ -66,6 +114,8 @@ class ModelConfig:
     activation: str = "relu"
     output: str = "gaussian"
     gp: GPConfig = field(default_factory=GPConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
 
 @dataclass(frozen=True)
@@ -210,6 +260,11 @@ def _convert(default: Any, value: Any, key: str) -> Any:
         return value
     expected = "int or None" if default is None else type(default).__name__
     raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected}.")
+
+
+def _check_range(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{key} is {value}; expected a number from {low} to {high}.")
 
 
 def _check(config: RunConfig) -> None:

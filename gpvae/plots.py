@@ -18,7 +18,15 @@ from gpvae.tables import LABELS
 
 COLUMN, TEXT = 3.4, 7.0  # widths in inches
 _PALETTE = sns.color_palette("colorblind")
-COLOURS = {"vae": _PALETTE[0], "gpvae": _PALETTE[3], "exact": (0.25, 0.25, 0.25)}
+COLOURS = {
+    "vae": _PALETTE[0],
+    "gpvae": _PALETTE[3],
+    "iaf": _PALETTE[1],
+    "hf": _PALETTE[8],
+    "me": _PALETTE[9],
+    "rme": _PALETTE[2],
+    "exact": (0.25, 0.25, 0.25),
+}
 
 
 def use_style() -> None:

@@ -13,7 +13,14 @@ from gpvae.errors import DataError
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, paired_interval
 
-LABELS = {"vae": "VAE", "gpvae": "GPVAE"}
+LABELS = {
+    "vae": "VAE",
+    "gpvae": "GPVAE",
+    "iaf": "IAF",
+    "hf": "HF",
+    "me": "ME",
+    "rme": "RME",
+}
 MISSING = "missing"
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,19 @@ from gpvae.data import Dataset, binarise
 from gpvae.errors import CheckpointError, ConfigError, TrainingError, unknown
 from gpvae.evaluate import elbo
 from gpvae.gp import GPVAE
+from gpvae.householder import HouseholderVAE
+from gpvae.iaf import IAFVAE
+from gpvae.mixtures import MixtureVAE, RecursiveMixtureVAE
 from gpvae.vae import VAE
 
-MODELS: dict[str, type[VAE]] = {"vae": VAE, "gpvae": GPVAE}
+MODELS: dict[str, type[VAE]] = {
+    "vae": VAE,
+    "gpvae": GPVAE,
+    "iaf": IAFVAE,
+    "hf": HouseholderVAE,
+    "me": MixtureVAE,
+    "rme": RecursiveMixtureVAE,
+}
 VALID_SEED = 7  # the validation bound uses the same noise at every epoch
 
 
@@ -107,8 +118,11 @@ def train(
     if folder is not None:
         state.load(folder, config)
     started = last_log = time.monotonic()
+    staged = isinstance(model, RecursiveMixtureVAE)
+    starts = model.phase_starts(t.epochs) if staged else [0]  # patience counts in the last phase
 
-    while state.epoch < t.epochs and state.epoch - state.best_epoch < t.patience:
+    while state.epoch < t.epochs and state.epoch - max(state.best_epoch, starts[-1]) < t.patience:
+        stage = model.start_epoch(state.epoch, t.epochs, state.best_weights) if staged else {}
         losses = []
         for index in torch.randperm(len(images), generator=generator, device=device).split(
             t.batch_size
@@ -125,12 +139,12 @@ def train(
         epoch_losses = torch.stack(losses).cpu()  # the only synchronisation in an epoch
         _check_finite(epoch_losses, list(terms), state.epoch, config)
 
-        if state.epoch % t.evaluate_every == 0 or state.epoch == t.epochs:
+        if state.epoch % t.evaluate_every == 0 or state.epoch in (*starts, t.epochs):
             model.eval()
             bound = elbo(model, valid, t.valid_samples, seed=VALID_SEED).mean
             model.train()
             row = {"epoch": state.epoch, "valid_elbo": bound}
-            row |= dict(zip(terms, epoch_losses.mean(0).tolist(), strict=True))
+            row |= stage | dict(zip(terms, epoch_losses.mean(0).tolist(), strict=True))
             row["seconds"] = round(time.monotonic() - started + state.seconds_before, 3)
             state.record(row)
             if folder is not None:
@@ -230,7 +244,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}. Free some space or make the folder writable, then "
             "run the same command again; it continues from the last checkpoint."

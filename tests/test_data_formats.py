@@ -166,9 +166,7 @@ FORMATS = {
     "omniglot.zip": Format("images_background.zip", drawings_zip(), omniglot.read_zip),
     "celeba.zip": Format(
         "img_align_celeba.zip",
-        zip_bytes(
-            {"img_align_celeba/000001.jpg": image_bytes(FACE, "JPEG")}, zipfile.ZIP_STORED
-        ),
+        zip_bytes({"img_align_celeba/000001.jpg": image_bytes(FACE, "JPEG")}, zipfile.ZIP_STORED),
         read_face_zip,
     ),
     "celeba.jpg": Format(
@@ -412,7 +410,7 @@ def test_gzip_with_a_wrong_check_sum(tmp_path: Path) -> None:
         ({"data": {"a": 1}, "testdata": np.zeros((784, 3))}, "struct"),
         ({"data": np.array([1, "a"], object), "testdata": np.zeros((784, 3))}, "cell"),
         ({"data": "text", "testdata": np.zeros((784, 3))}, "char"),
-        ({"data": np.zeros((784, 3), complex), "testdata": np.zeros((784, 3))}, "real numbers"),
+        ({"data": np.zeros((784, 3), complex), "testdata": np.zeros((784, 3))}, "complex"),
     ],
 )
 def test_bad_chardata(tmp_path: Path, variables: dict, words: str) -> None:

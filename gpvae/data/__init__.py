@@ -5,7 +5,7 @@
 | images, splits, binarisation         | `dataset`, `rows`                                |
 | what exists, where, with which sums  | `sources`, `sums`, `places`, `locate`            |
 | a set by name                        | `catalog`                                        |
-| original formats                     | `idx`, `matlab`, `cifar`, `omniglot`, `frey`     |
+| original formats                     | `idx`, `matlab`, `mat5`, `cifar`, `omniglot`, `frey` |
 | CelebA and its resized cache         | `celeba`, `cache`, `resize`                      |
 | a user's own images                  | `user`                                           |
 | images larger than memory            | `stream`                                         |

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gpvae.data.dataset import Raw
-from gpvae.data.matlab import read_matrices
+from gpvae.data.mat5 import read_matrices
 from gpvae.data.user import read_npy
 from gpvae.errors import DataError
 

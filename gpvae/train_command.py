@@ -1,0 +1,86 @@
+"""`gpvae train`: one run from the command line, stored like every other run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gpvae.reproduce import assignment
+
+STORE = "single"  # the profile name under which single runs are kept
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `gpvae train` to the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train and evaluate one model",
+        description=(
+            "Train and evaluate one model and store one result row. An interrupted run continues "
+            "from its checkpoint; an equal run that is done is reused."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--profile", default="digits", help="base configuration (%(default)s)")
+    parser.add_argument("--encoder", help="model to train (default: that of the profile)")
+    parser.add_argument("--dataset", help="data set (default: that of the profile)")
+    parser.add_argument("--output", help="output distribution: bernoulli or gaussian")
+    parser.add_argument("--seed", type=int, help="seed of weights, data order and noise")
+    parser.add_argument("--force", action="store_true", help="train anew even if it was done")
+    parser.add_argument(
+        "--set",
+        dest="values",
+        nargs="+",
+        action="extend",
+        type=configuration,
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any configuration key, such as model.gp.features=200",
+    )
+    parser.set_defaults(run=run)
+
+
+def configuration(text: str) -> tuple[str, Any]:
+    """Parse `dotted.key=value`."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, assignment(f"value={value}")[1]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `gpvae train` and return its exit code."""
+    import time
+
+    from gpvae.config import get_profile
+    from gpvae.experiment import run as run_config
+    from gpvae.results import Results
+
+    named = {
+        "model.encoder": args.encoder,
+        "data.name": args.dataset,
+        "model.output": args.output,
+        "seed": args.seed,
+    }
+    values = {key: value for key, value in named.items() if value is not None}
+    config = get_profile(args.profile).base.override(**values, **dict(args.values))
+    print(f"{config.name} (configuration {config.hash()})", flush=True)
+    row = run_config(config, STORE, time.time() if args.force else 0.0, log=_say)
+    print(
+        f"best validation ELBO {row['valid_elbo']:.2f} nats at epoch {row['best_epoch']} "
+        f"of {row['epochs']}, {row['seconds']['train']:.1f} s of training on {row['device']}"
+    )
+    for label, key in (
+        ("test ELBO", "elbo"),
+        ("test log p(x), own proposal", "log_likelihood"),
+        ("test log p(x), neutral proposal", "log_likelihood_neutral"),
+    ):
+        if key in row:
+            e = row[key]
+            print(f"{label}: {e['mean']:.2f} ± {e['stderr']:.2f} nats (S = {e['samples']})")
+    print(f"row: {Results(STORE).path}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

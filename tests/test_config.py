@@ -1,0 +1,130 @@
+"""Configurations: round trips, hashes, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+import gpvae
+from gpvae.config import PROFILES, RunConfig, differences, from_dict
+from gpvae.errors import ConfigError
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def changed(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 or 0.25
+    if isinstance(value, list):
+        return [*value, 7]
+    return {
+        "gaussian": "bernoulli",
+        "relu": "tanh",
+        "diagonal": "full",
+        "all": "weights",
+        None: 17,
+    }.get(value, f"{value}x")
+
+
+def test_round_trip_through_json():
+    config = RunConfig().override(**{"model.hidden": (3, 4), "data.train_size": 10, "seed": 2})
+    again = from_dict(RunConfig, json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.hash() == config.hash()
+
+
+@pytest.mark.parametrize("key", [key for key, _ in leaves(RunConfig().to_dict())])
+def test_every_field_changes_the_hash_and_is_named_in_the_difference(key):
+    base = RunConfig()
+    new = changed(dict(leaves(base.to_dict()))[key])
+    other = base.override(**{key: new})
+    assert other.hash() != base.hash()
+    (line,) = differences(base.to_dict(), other.to_dict())
+    assert line.startswith(f"{key}: ")
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        RunConfig().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("model.gp.feature", "model.gp.features"),
+        ("model.latent", "model.latent_dim"),
+        ("training.lr", "training"),
+        ("sed", "seed"),
+        ("model.gp", "model.gp."),
+        ("model.gp.features.x", "model.gp.features"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest(key, hint):
+    with pytest.raises(ConfigError, match=hint) as caught:
+        RunConfig().override(**{key: 1})
+    assert f"unknown configuration key '{key}'" in str(caught.value)
+
+
+def test_unknown_key_in_a_stored_configuration():
+    tree = RunConfig().to_dict()
+    tree["model"]["gp"]["amplitud"] = 2.0
+    with pytest.raises(ConfigError, match="Did you mean 'model.gp.amplitude'"):
+        from_dict(RunConfig, tree)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.latent_dim", "20", "expected int"),
+        ("model.latent_dim", True, "expected int"),
+        ("training.learning_rate", None, "expected float"),
+        ("data.train_size", 0.5, "expected int or None"),
+        ("model.latent_dim", 0, "positive"),
+        ("training.batch_size", -3, "positive"),
+        ("model.hidden", (10, 0), r"model.hidden\[1\]"),
+        ("model.gp.temperature", -1.0, "0 or more"),
+        ("model.output", "gausian", "Did you mean 'gaussian'"),
+        ("model.gp.covariance", "lowrank", "Did you mean 'low-rank'"),
+        ("model.activation", "rellu", "Did you mean 'relu'"),
+    ],
+)
+def test_impossible_values_are_refused(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig().override(**{key: value})
+
+
+def test_unknown_profile():
+    with pytest.raises(ConfigError, match="Did you mean 'digits'"):
+        gpvae.get_profile("digit")
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_profile_grids(profile):
+    runs = profile.runs()
+    assert len(runs) == len(profile.outputs) * len(profile.encoders) * len(profile.seeds)
+    assert len({run.name for run in runs}) == len(runs)
+    pairs = {}
+    for run in runs:  # methods differ in the encoder only
+        tree = run.to_dict()
+        tree["model"].pop("encoder")
+        pairs.setdefault(json.dumps(tree, sort_keys=True), set()).add(run.model.encoder)
+    assert all(found == set(profile.encoders) for found in pairs.values())
+    sizes = {run.data.train_size for run in profile.runs("gaussian", profile.train_sizes)}
+    assert len(sizes) == len(profile.train_sizes)
+
+
+def test_at_least_five_seeds_where_it_counts():
+    assert len(PROFILES["digits"].seeds) >= 5
+    assert len(PROFILES["paper"].seeds) >= 5

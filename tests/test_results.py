@@ -1,0 +1,176 @@
+"""Rows: stored whole, reused while they fit, recomputed with a reason when they do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import gpvae
+from gpvae import events, experiment, results
+from gpvae.errors import DataError, TrainingError
+from gpvae.experiment import run, run_all
+from gpvae.results import Results, append_json_line, read_json_lines
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config.override(
+        **{
+            "data.train_size": 40,
+            "data.valid_size": 20,
+            "data.test_size": 12,
+            "training.epochs": 2,
+            "evaluation.gaps": False,
+        }
+    )
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+def test_row_holds_everything_that_made_it(project_root, config, lines):
+    row = run(config, "t", log=lines.append)
+    assert row["config"] == config.to_dict()
+    assert row["config_hash"] == config.hash()
+    assert row["data_hash"] == experiment.load_data(config).hash
+    assert row["code_hash"] == results.code_hash()
+    assert row["seed"] == config.seed and row["device"]
+    assert {"torch", "numpy", "gpvae", "python"} <= set(row["versions"])
+    assert row["log_likelihood"]["samples"] == 10 and row["log_likelihood"]["n"] == 12
+    arrays = Results("t").arrays(row)
+    assert arrays["log_likelihood"].shape == (12,)
+    assert arrays["log_likelihood"].mean() == pytest.approx(row["log_likelihood"]["mean"])
+    spread = arrays["log_likelihood"].std(ddof=1) / 12**0.5
+    assert row["log_likelihood"]["stderr"] == pytest.approx(spread, rel=1e-5)
+    assert json.loads(Results("t").path.read_text()) == row
+
+
+def test_equal_run_is_reused_and_stale_ones_say_why(project_root, config, lines, monkeypatch):
+    first = run(config, "t", log=lines.append)
+    assert run(config, "t", log=lines.append) == first
+    assert lines == []
+    changed = config.override(**{"model.gp.features": 9})
+    second = run(changed, "t", log=lines.append)
+    assert second["config_hash"] != first["config_hash"]
+    assert "computed again (model.gp.features: 5 -> 9)" in lines[-1]
+    assert Results("t").rows() == [second]  # the same name: the newest counts
+
+    monkeypatch.setattr(results, "code_hash", lambda: "other")
+    monkeypatch.setattr(experiment, "code_hash", lambda: "other")
+    run(changed, "t", log=lines.append)
+    assert f"code: {second['code_hash']} -> other" in lines[-1]
+    statuses = [e.status for e in events.read("t")[0]]
+    assert statuses == ["made", "reused", "recomputed", "recomputed"]
+
+
+def test_changed_data_is_named(config):
+    row = {"config": config.to_dict(), "data_hash": "a", "code_hash": results.code_hash()}
+    assert results.stale_reason(row, config, "a") == ""
+    assert results.stale_reason(row, config, "b") == "data: a -> b"
+
+
+def test_missing_arrays_and_wish_for_fresh_results(project_root, config, lines):
+    row = run(config, "t", log=lines.append)
+    Results("t").arrays_path(row).unlink()
+    again = run(config, "t", log=lines.append)
+    assert "arrays are missing" in lines[-1]
+    run(config, "t", fresh_since=again["finished"], log=lines.append)
+    assert len(lines) == 1
+    forced = run(config, "t", fresh_since=again["finished"] + 1e-3, log=lines.append)
+    assert "(asked for)" in lines[-1]
+    same = {k: v for k, v in forced.items() if k not in ("finished", "seconds")}
+    assert same == {k: v for k, v in again.items() if k not in ("finished", "seconds")}
+
+
+def test_two_processes_give_the_rows_of_one(project_root, config):
+    configs = [config.override(seed=seed) for seed in range(3)]
+    serial = run_all(configs, "serial", workers=1, log=lambda line: None)
+    parallel = run_all(configs, "parallel", workers=2, log=lambda line: None)
+    for a, b in zip(serial, parallel, strict=True):
+        assert a["log_likelihood"] == b["log_likelihood"]
+    assert [r["seed"] for r in parallel] == [0, 1, 2]
+    assert len({r["log_likelihood"]["mean"] for r in parallel}) == 3
+
+
+def test_failing_run_does_not_stop_the_others(project_root, config):
+    bad = config.override(**{"training.learning_rate": 1e30, "training.epochs": 5}, seed=7)
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed.*\n.*-s7"):
+        run_all([bad, config], "t", workers=1, log=lambda line: None)
+    assert [row["seed"] for row in Results("t").rows()] == [0]
+    failed = [e for e in events.read("t")[0] if e.status == "failed"]
+    assert len(failed) == 1 and "training.learning_rate" in failed[0].reason
+
+
+def test_line_cut_by_a_crash_is_passed_over_and_closed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_json_line(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2, "b')
+    assert read_json_lines(path) == [{"a": 1}]
+    append_json_line(path, {"a": 3})
+    assert read_json_lines(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from gpvae.results import append_json_line\n"
+        "for i in range(100):\n"
+        "    append_json_line(Path(sys.argv[1]), {'p': sys.argv[2], 'i': i, 'x': 'y' * 3000})"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code, path, name]) for name in "ab"]
+    assert [child.wait() for child in children] == [0, 0]
+    rows = read_json_lines(path)
+    for name in "ab":
+        assert [row["i"] for row in rows if row["p"] == name] == list(range(100))
+
+
+def test_unreadable_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot read"):
+        read_json_lines(path)
+
+
+def test_code_hash_ignores_comments_and_docstrings_only(tmp_path, monkeypatch):
+    def hashed(source):
+        (tmp_path / "m.py").write_text(source)
+        monkeypatch.setattr(results, "NUMERICAL_MODULES", ("m",))
+        monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+        return results.code_hash.__wrapped__()
+
+    base = hashed('def f(x):\n    """One."""\n    return x + 1\n')
+    assert hashed('# why\ndef f(x):\n    """Two."""\n\n    return x + 1\n') == base
+    assert hashed('def f(x):\n    """One."""\n    return x + 2\n') != base
+
+
+def test_gaps_and_scores_of_a_run(project_root, config):
+    """The optimised Gaussian beats the encoder's on every image, up to noise."""
+    config = config.override(
+        **{"evaluation.gaps": True, "model.encoder": "gpvae", "evaluation.elbo_samples": 200}
+    )
+    row = run(config, "t", log=lambda line: None)
+    arrays = Results("t").arrays(row)
+    gap = arrays["elbo_optimised"] - arrays["elbo"]
+    noise = np.hypot(arrays["elbo_stderr"], arrays["elbo_optimised_stderr"])
+    assert (gap > -4 * noise).all()
+    assert gap.mean() > 0
+    assert {"relative_f_var", "f_var", "h_var", "q_var", "converged"} <= set(arrays)
+    assert (arrays["relative_f_var"] > 0).all()
+
+
+def test_checkpoint_of_a_row_gives_its_numbers_back(project_root, config):
+    row = run(config, "t", log=lambda line: None)
+    model = experiment.trained(config, "t", log=lambda line: None).model
+    x = gpvae.training.evaluation_images(experiment.load_data(config), "test", config)
+    with experiment.cpu_threads(1):
+        again = gpvae.log_likelihood(model, x, 10, seed=config.evaluation.seed)
+    assert again.mean == row["log_likelihood"]["mean"]
+    assert torch.get_num_threads() == 1
