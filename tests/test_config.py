@@ -80,7 +80,7 @@ def test_unknown_keys_are_refused_with_the_nearest(key, hint):
 def test_unknown_key_in_a_stored_configuration():
     tree = RunConfig().to_dict()
     tree["model"]["gp"]["amplitud"] = 2.0
-    with pytest.raises(ConfigError, match="Did you mean 'model.gp.amplitude'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'model\.gp\.amplitude'"):
         from_dict(RunConfig, tree)
 
 

@@ -1,0 +1,139 @@
+"""The project as a whole: versions, dependencies of an import, README and layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import gpvae
+from gpvae import paths
+
+ROOT = paths.CHECKOUT
+README = (ROOT / "README.md").read_text("utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def pins():
+    """Package -> exact version in environment.yml."""
+    text = (ROOT / "environment.yml").read_text("utf-8")
+    return dict(re.findall(r"^ +- ([\w-]+)==([\w.]+)$", text, re.M))
+
+
+def ranges():
+    """Package -> allowed versions in pyproject.toml."""
+    optional = [r for group in PYPROJECT["optional-dependencies"].values() for r in group]
+    found = [Requirement(text) for text in PYPROJECT["dependencies"] + optional]
+    return {r.name: r.specifier for r in found}
+
+
+def test_environment_pins_every_dependency_within_its_range():
+    assert pins().keys() == ranges().keys()
+    for name, version in pins().items():
+        assert version in ranges()[name], name
+
+
+def test_every_range_is_capped():
+    for name, specifier in ranges().items():
+        assert any(s.operator in ("<", "==") for s in specifier), name
+
+
+def test_python_version_agrees():
+    text = (ROOT / "environment.yml").read_text("utf-8")
+    version = re.search(r"- python=([\d.]+)", text)[1]
+    assert version in SpecifierSet(PYPROJECT["requires-python"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install -e . && gpvae reproduce",
+        'pip install -e ".[test]" && pytest',
+        "conda env create -f environment.yml",
+    ],
+)
+def test_readme_shows_the_commands(command):
+    assert re.search(rf"^{re.escape(command)}", README, re.M)
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_readme_names_every_command_that_exists():
+    for name in re.findall(r"`gpvae (\w+)", README):
+        done = subprocess.run(
+            [sys.executable, "-m", "gpvae", name, "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, name
+
+
+def test_import_and_training_need_neither_jupyter_nor_papermill_nor_plots():
+    code = """
+import sys
+for name in ("papermill", "nbformat", "nbclient", "IPython", "ipykernel", "jupyter_client",
+             "jupyterlab", "matplotlib", "seaborn"):
+    sys.modules[name] = None
+import gpvae
+config = gpvae.get_profile("smoke").base.override(**{"training.epochs": 1})
+data = gpvae.load_dataset("digits", train_size=64)
+print(gpvae.train(config, data).best_valid_elbo)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from gpvae.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_resolve():
+    for name in gpvae.__all__:
+        assert getattr(gpvae, name) is not None
+    with pytest.raises(AttributeError, match="gpvea"):
+        _ = gpvae.gpvea
+
+
+def test_train_command_prints_and_stores(project_root):
+    command = [sys.executable, "-m", "gpvae", "train", "--profile", "smoke", "--encoder", "gpvae"]
+    command += ["--set", "training.epochs=2", "evaluation.gaps=False"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((project_root / "results/single/rows.jsonl").read_text())
+    assert row["config"]["model"]["encoder"] == "gpvae"
+    assert f"own proposal: {row['log_likelihood']['mean']:.2f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoder", "gpvea"], "Did you mean 'gpvae'"),
+        (["--dataset", "digit"], "Did you mean 'digits'"),
+        (["--set", "model.latent=3"], "Did you mean 'model.latent_dim'"),
+        (["--set", "training.epochs=many"], "expected int"),
+        (["--profile", "smok"], "Did you mean 'smoke'"),
+    ],
+)
+def test_misuse_of_train_is_one_line_and_exit_code_2(project_root, arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "gpvae", "train", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpvae: error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
