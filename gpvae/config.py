@@ -16,7 +16,9 @@ from gpvae.errors import ConfigError, unknown
 
 T = TypeVar("T")
 
-OUTPUTS = ("bernoulli", "gaussian")
+OUTPUTS = ("bernoulli", "gaussian", "logistic", "pixel-gaussian")
+NETWORKS = ("conv", "mlp")
+PRECISIONS = ("bfloat16", "float32")
 COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
 REFITS = ("all", "weights")
@@ -106,13 +108,30 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder, decoder and output distribution. D is `latent_dim`."""
+    """Encoder, decoder and output distribution.
+
+    Args:
+        encoder: name of the method.
+        latent_dim: D.
+        network: "mlp", or "conv" for convolutions below the hidden layers.
+        hidden: widths of the encoder's fully connected layers; the decoder mirrors them.
+        channels: of the convolutions, each of which halves the image; for "conv" only.
+        activation: after every layer.
+        output: distribution of the pixels.
+        levels: grey levels of the data, for the "logistic" output only.
+        precision: of the arithmetic inside the networks; densities are never below float32.
+        gp, flow, mixture, savae, vlae: options of single encoders.
+    """
 
     encoder: str = "vae"
     latent_dim: int = 10
+    network: str = "mlp"
     hidden: tuple[int, ...] = (100, 100)
+    channels: tuple[int, ...] = (32, 64)
     activation: str = "relu"
     output: str = "gaussian"
+    levels: int = 256
+    precision: str = "float32"
     gp: GPConfig = field(default_factory=GPConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -272,6 +291,8 @@ def _check(config: RunConfig) -> None:
     for kind, value, known in (
         ("output distribution", m.output, OUTPUTS),
         ("activation", m.activation, ACTIVATIONS),
+        ("network", m.network, NETWORKS),
+        ("precision", m.precision, PRECISIONS),
         ("covariance", gp.covariance, COVARIANCES),
     ):
         if value not in known:
@@ -293,10 +314,15 @@ def _check(config: RunConfig) -> None:
         "evaluation.samples": e.samples,
         "evaluation.elbo_samples": e.elbo_samples,
     }
-    positive |= {f"model.hidden[{i}]": width for i, width in enumerate(m.hidden)}
+    positive["model.levels - 1"] = m.levels - 1
+    for name in ("hidden", "channels"):
+        widths = enumerate(getattr(m, name))
+        positive |= {f"model.{name}[{i}]": width for i, width in widths}
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key} is {value}; expected a positive number.")
+    if m.network == "conv" and not m.channels:
+        raise ConfigError("model.network is 'conv', but model.channels is empty.")
     if gp.temperature < 0:
         raise ConfigError(f"model.gp.temperature is {gp.temperature}; expected 0 or more.")
 

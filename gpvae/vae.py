@@ -30,7 +30,7 @@ class Generative(nn.Module):
         self.shape = tuple(shape)
         self.latent_dim = config.latent_dim
         self.decoder = Decoder(shape, config)
-        self.output = make_output(config.output)
+        self.output = make_output(shape, config)
 
     def decode(self, z: Tensor) -> Tensor:
         """Raw output parameters, [..., P], for z [..., D]."""
@@ -152,5 +152,5 @@ class VAE(nn.Module):
         return self.generative.mean_image(z)
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:
-        """A log-likelihood in nats per image as bits per dimension, -nats / (P log 2)."""
-        return -nats / (math.prod(self.generative.shape) * math.log(2))
+        """A log-likelihood in nats per image as bits per dimension (see `Output`)."""
+        return self.generative.output.bits_per_dim(nats, math.prod(self.generative.shape))

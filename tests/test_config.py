@@ -34,6 +34,8 @@ def changed(value):
         "relu": "tanh",
         "diagonal": "full",
         "all": "weights",
+        "mlp": "conv",
+        "float32": "bfloat16",
         None: 17,
     }.get(value, f"{value}x")
 

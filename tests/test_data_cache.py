@@ -304,7 +304,7 @@ def test_no_space(tmp_path: Path) -> None:
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = make_set(tmp_path / "in")
     monkeypatch.setenv("GPVAE_CACHE", "/proc/no/such/place")
-    with pytest.raises(DataError, match="cannot write /proc/no.*GPVAE_CACHE"):
+    with pytest.raises(DataError, match=r"cannot write /proc/no.*GPVAE_CACHE"):
         read(found)
     locked = tmp_path / "locked"
     locked.mkdir()

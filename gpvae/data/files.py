@@ -48,8 +48,16 @@ def reading(path: Path, expected: str) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0] or "no further detail"
         raise DamagedFileError(
             f"{path} cannot be read as {expected} ({type(error).__name__}: {reason}). "
-            "Replace it with an undamaged copy."
+            f"{_read_hint(error)}"
         ) from error
+
+
+def _read_hint(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "It is not there: check the path."
+    if isinstance(error, PermissionError):
+        return "It may not be read: change its permissions."
+    return "Replace it with an undamaged copy."
 
 
 @contextmanager
