@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ NETWORKS = ("conv", "mlp")
 PRECISIONS = ("bfloat16", "float32")
 COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
+MOST_STEPS = 1000  # of an encoder's refinement; far above any use, against typing errors
 REFITS = ("all", "weights")
 
 
@@ -107,6 +109,67 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class SAVAEConfig:
+    """The refinement steps of SA-VAE; other encoders ignore it.
+
+    Args:
+        steps: T; 0 is the VAE.
+        learning_rate: of gradient ascent on each image's bound (mean and log std).
+        momentum: of the ascent, in [0, 1).
+        clip: largest norm of an image's gradient in one step; 0 does not clip.
+        samples: posterior samples for each inner gradient.
+        detach: leave the inner gradients out of the training gradient (first order).
+    """
+
+    steps: int = 4
+    learning_rate: float = 0.02
+    momentum: float = 0.5
+    clip: float = 5.0
+    samples: int = 1
+    detach: bool = False
+
+    def __post_init__(self) -> None:
+        _check_steps("model.savae.steps", self.steps)
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ConfigError(
+                f"model.savae.learning_rate is {self.learning_rate}; expected a positive number."
+            )
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"model.savae.momentum is {self.momentum}; expected 0 <= it < 1.")
+        if not self.clip >= 0:
+            raise ConfigError(f"model.savae.clip is {self.clip}; expected 0 (none) or more.")
+        if self.samples < 1:
+            raise ConfigError(f"model.savae.samples is {self.samples}; expected at least 1.")
+
+
+@dataclass(frozen=True)
+class VLAEConfig:
+    """The Newton-like steps of VLAE; other encoders ignore it.
+
+    Args:
+        steps: T; 0 is the VAE.
+        rate: fraction of the first Newton step that is taken; 1 is undamped.
+        decay: step t = 0, 1, ... takes the fraction rate / (t + 1)^decay.
+    """
+
+    steps: int = 4
+    rate: float = 0.5
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_steps("model.vlae.steps", self.steps)
+        if not 0 < self.rate <= 1:
+            raise ConfigError(f"model.vlae.rate is {self.rate}; expected a number in (0, 1].")
+        if not 0 <= self.decay < math.inf:
+            raise ConfigError(f"model.vlae.decay is {self.decay}; expected 0 or more.")
+
+
+def _check_steps(key: str, steps: int) -> None:
+    if not 0 <= steps <= MOST_STEPS:
+        raise ConfigError(f"{key} is {steps}; expected 0 (the VAE) to {MOST_STEPS}.")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Encoder, decoder and output distribution.
 
@@ -118,7 +181,8 @@ class ModelConfig:
         channels: of the convolutions, each of which halves the image; for "conv" only.
         activation: after every layer.
         output: distribution of the pixels.
-        levels: grey levels of the data, for the "logistic" output only.
+        levels: grey levels of the data, for the "logistic" output and for dequantisation.
+        dequantise: add uniform noise of one grey level; for the "gaussian" output only.
         precision: of the arithmetic inside the networks; densities are never below float32.
         gp, flow, mixture, savae, vlae: options of single encoders.
     """
@@ -131,8 +195,11 @@ class ModelConfig:
     activation: str = "relu"
     output: str = "gaussian"
     levels: int = 256
+    dequantise: bool = False
     precision: str = "float32"
     gp: GPConfig = field(default_factory=GPConfig)
+    savae: SAVAEConfig = field(default_factory=SAVAEConfig)
+    vlae: VLAEConfig = field(default_factory=VLAEConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
@@ -323,6 +390,8 @@ def _check(config: RunConfig) -> None:
             raise ConfigError(f"{key} is {value}; expected a positive number.")
     if m.network == "conv" and not m.channels:
         raise ConfigError("model.network is 'conv', but model.channels is empty.")
+    if m.dequantise and m.output != "gaussian":
+        raise ConfigError(f"model.dequantise goes with a gaussian output, not with {m.output}.")
     if gp.temperature < 0:
         raise ConfigError(f"model.gp.temperature is {gp.temperature}; expected 0 or more.")
 
@@ -366,6 +435,43 @@ class Profile:
         ]
 
 
+def _paper_presets() -> dict[str, RunConfig]:
+    """A configuration for each data set of the paper's line of work, at D = 20 and D = 50."""
+    small = {"model.hidden": (500, 500)}
+    grey = {"model.network": "conv", "model.channels": (32, 64), "model.hidden": (256,)}
+    colour = {"model.network": "conv", "model.channels": (64, 128, 256), "model.hidden": (256,)}
+    large = colour | {"model.channels": (32, 64, 128, 256)}
+    networks = {
+        "mnist": small,
+        "mnist-conv": grey,
+        "fashion-mnist": small,
+        "omniglot": small,
+        "omniglot-28x28-rederived": small,
+        "frey": small,
+        "frey-conv": grey,
+        "svhn": colour,
+        "cifar10": colour,
+        "cifar10-subset": colour,
+        "celeba": large,
+    }
+    common = {"training.epochs": 2000, "training.learning_rate": 5e-4, "evaluation.samples": 5000}
+    return {
+        f"{name}-d{dim}": RunConfig().override(
+            **{
+                "data.name": name.removesuffix("-conv"),
+                "model.latent_dim": dim,
+                **common,
+                **network,
+            }
+        )
+        for name, network in networks.items()
+        for dim in (20, 50)
+    }
+
+
+PRESETS = _paper_presets()
+
+
 def _profiles() -> dict[str, Profile]:
     digits = RunConfig().override(**{"training.learning_rate": 1e-3})  # few steps an epoch
     smoke = digits.override(
@@ -380,20 +486,10 @@ def _profiles() -> dict[str, Profile]:
             "evaluation.elbo_samples": 10,
         }
     )
-    paper = digits.override(
-        **{
-            "data.name": "mnist",
-            "model.hidden": (500, 500),
-            "model.latent_dim": 50,
-            "training.epochs": 2000,
-            "training.learning_rate": 5e-4,
-            "evaluation.samples": 5000,
-        }
-    )
     return {
         "smoke": Profile("smoke", smoke, seeds=(0, 1), train_sizes=(64, None), notebook_scale=0.05),
         "digits": Profile("digits", digits, train_sizes=(100, 200, 400, 800, None)),
-        "paper": Profile("paper", paper, train_sizes=(500, 2000, 10000, None)),
+        "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
     }
 
 
@@ -401,11 +497,16 @@ PROFILES = _profiles()
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name.
+    """The profile of that name, or `paper/PRESET` for one data set and latent dimension.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested.
     """
-    if name not in PROFILES:
-        raise ConfigError(unknown("profile", name, PROFILES))
-    return PROFILES[name]
+    family, _, preset = name.partition("/")
+    if family not in PROFILES:
+        raise ConfigError(unknown("profile", name, [*PROFILES, "paper/PRESET"]))
+    if not preset:
+        return PROFILES[family]
+    if family != "paper" or preset not in PRESETS:
+        raise ConfigError(unknown("preset", name, [f"paper/{known}" for known in PRESETS]))
+    return replace(PROFILES[family], name=name, base=PRESETS[preset])

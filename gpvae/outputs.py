@@ -74,16 +74,32 @@ class Gaussian(Output):
     """N(x; mean, exp(log_std)^2) with one learned standard deviation for all pixels.
 
     Pixels are treated as continuous, so densities may exceed 1 and log-likelihoods be positive.
+
+    Args:
+        levels: if given, dequantise: add uniform noise of one of that many grey levels, so that
+            the density is a lower bound on the probability of the discrete image (Theis et al.,
+            2016, https://arxiv.org/abs/1511.01844).
+        initial_std: standard deviation at the start, in units of the pixel range.
     """
 
-    def __init__(self, initial_std: float = 0.3) -> None:
+    def __init__(self, levels: int | None = None, initial_std: float = 0.3) -> None:
         super().__init__()
+        self.levels = levels
         self.log_std = nn.Parameter(torch.tensor(math.log(initial_std)))
+
+    def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return x if self.levels is None else dequantise(x, self.levels, generator)
 
     def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
         square = ((raw - x) ** 2).sum(-1)
         constant = x.shape[-1] * (self.log_std + 0.5 * math.log(2 * math.pi))
         return -0.5 * square * torch.exp(-2 * self.log_std) - constant
+
+
+def dequantise(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    """Spread grey levels k / (levels - 1) uniformly over [k, k + 1) / levels."""
+    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return (x * (levels - 1) + noise) / levels
 
 
 class PixelGaussian(Output):
@@ -157,7 +173,7 @@ def make_output(shape: tuple[int, int, int], config: ModelConfig) -> Output:
     """The output distribution that the configuration names."""
     makers = {
         "bernoulli": Bernoulli,
-        "gaussian": Gaussian,
+        "gaussian": lambda: Gaussian(config.levels if config.dequantise else None),
         "pixel-gaussian": lambda: PixelGaussian(math.prod(shape)),
         "logistic": lambda: DiscretisedLogistic(config.levels),
     }

@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 
 from gpvae.errors import ConfigError, DataError
-from gpvae.evaluate import IMAGES_PER_BLOCK, Estimate, check_samples
+from gpvae.evaluate import (
+    IMAGES_PER_BLOCK,
+    MEMORY,
+    Estimate,
+    check_samples,
+    chunked_log_likelihood,
+)
 from gpvae.noise import image_noise, orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian, Posterior
 from gpvae.vae import VAE, GaussianEncoder, Generative
@@ -144,17 +150,11 @@ def optimise_posterior(
     options = options or SearchOptions()
     if start is not None and len(start.mean) != len(x):
         raise DataError(f"{len(start.mean)} starting posteriors were given for {len(x)} images.")
-    parts = []
-    for first in range(0, len(x), IMAGES_PER_BLOCK):
-        block = x[first : first + IMAGES_PER_BLOCK]
-        with torch.no_grad():
-            q = model(block) if start is None else start[first : first + IMAGES_PER_BLOCK]
-        best, converged, steps = search(model.generative, block, q.gaussian(), options)
-        estimate = measured(model.generative, block, best, elbo_samples, options.seed)
-        parts.append((best.mean, best.std, estimate.value, estimate.stderr, converged, steps))
-    mean, std, values, errors, converged, steps = (torch.cat(p) for p in zip(*parts, strict=True))
-    estimate = Estimate(values, errors, elbo_samples)
-    return Optimised(DiagonalGaussian(mean, std), estimate, converged, steps)
+    with torch.no_grad():
+        q = (model(x) if start is None else start).gaussian()
+    best, converged, steps = search(model.generative, x, q, options)
+    estimate = measured(model.generative, x, best, elbo_samples, options.seed)
+    return Optimised(best, estimate, converged, steps)
 
 
 def gaussian_elbo(generative: Generative, x: Tensor, q: DiagonalGaussian, noise: Tensor) -> Tensor:
@@ -166,10 +166,14 @@ def gaussian_elbo(generative: Generative, x: Tensor, q: DiagonalGaussian, noise:
 def measured(
     generative: Generative, x: Tensor, q: DiagonalGaussian, samples: int, seed: int
 ) -> Estimate:
-    """The ELBO of images under given Gaussians, with noise that belongs to each image."""
-    noise = image_noise(x, samples, q.mean.shape[-1], seed)
-    draws = gaussian_elbo(generative, x, q, noise).double()
-    return Estimate(draws.mean(0), draws.std(0) / math.sqrt(samples), samples)
+    """The ELBO of N images under given Gaussians, with noise that belongs to each image."""
+    values, errors = [], []
+    for index in torch.arange(len(x), device=x.device).split(IMAGES_PER_BLOCK):
+        z = q.mean[index] + q.std[index] * image_noise(x[index], samples, q.mean.shape[-1], seed)
+        draws = chunked_log_likelihood(generative, x[index], z, MEMORY).double()
+        values.append(draws.mean(0) - q[index].kl().double())
+        errors.append(draws.std(0) / math.sqrt(samples))
+    return Estimate(torch.cat(values), torch.cat(errors), samples)
 
 
 def widened(q: DiagonalGaussian, factor: float = 1.2) -> DiagonalGaussian:
@@ -188,10 +192,22 @@ def prior(x: Tensor, latent_dim: int) -> DiagonalGaussian:
 def search(
     generative: Generative, x: Tensor, q: DiagonalGaussian, options: SearchOptions
 ) -> tuple[DiagonalGaussian, Tensor, Tensor]:
-    """The best Gaussians of one block of images, whether each had stopped rising, and its steps.
+    """The best Gaussians of N images, whether each had stopped rising, and its steps.
 
-    Finished images leave the block, so the last steps cost little.
+    As many images move at once as fit into memory.
     """
+    samples = max(options.samples or 2 * generative.latent_dim, MEASURE_SAMPLES)
+    pixels = samples * math.prod(generative.shape) * x.element_size() * 4  # and temporaries
+    index = torch.arange(len(x), device=x.device).split(max(1, MEMORY // pixels))
+    parts = [_search_block(generative, x[i], q[i], options) for i in index]
+    means, stds, converged, steps = (torch.cat(part) for part in zip(*parts, strict=True))
+    return DiagonalGaussian(means, stds), converged, steps
+
+
+def _search_block(
+    generative: Generative, x: Tensor, q: DiagonalGaussian, options: SearchOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`search` for images that move at once; finished ones leave, so the last steps are cheap."""
     check = _Check(generative, x, q, options.seed)
     state = SearchState.at(q)
     active = torch.arange(len(x), device=x.device)
@@ -208,7 +224,7 @@ def search(
         steps[active] += count
         going = finite & (quiet[active] < 2)
         state, active = state[going], active[going]
-    return check.best, quiet >= 2, steps
+    return check.mean, check.std, quiet >= 2, steps
 
 
 def advance(
@@ -280,10 +296,6 @@ class _Check:
         self.noise = orthogonal_noise(MEASURE_SAMPLES, q.mean, generator)
         self.mean, self.std = q.mean.clone(), q.std.clone()
         self.elbo = self._measure(x, q)
-
-    @property
-    def best(self) -> DiagonalGaussian:
-        return DiagonalGaussian(self.mean, self.std)
 
     def __call__(self, index: Tensor, q: DiagonalGaussian) -> Tensor:
         """Gain in nats, 0 or more, of q over the best so far of the images `index`."""

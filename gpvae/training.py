@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from gpvae.config import RunConfig, differences
-from gpvae.data import Dataset, binarise
+from gpvae.data import Dataset
 from gpvae.errors import CheckpointError, ConfigError, TrainingError, unknown
 from gpvae.evaluate import elbo
 from gpvae.gp import GPVAE
 from gpvae.householder import HouseholderVAE
 from gpvae.iaf import IAFVAE
 from gpvae.mixtures import MixtureVAE, RecursiveMixtureVAE
+from gpvae.outputs import make_output
 from gpvae.vae import VAE
 
 MODELS: dict[str, type[VAE]] = {
@@ -124,10 +125,8 @@ def train(
     while state.epoch < t.epochs and state.epoch - max(state.best_epoch, starts[-1]) < t.patience:
         stage = model.start_epoch(state.epoch, t.epochs, state.best_weights) if staged else {}
         losses = []
-        for index in torch.randperm(len(images), generator=generator, device=device).split(
-            t.batch_size
-        ):
-            x = model.generative.output.augment(images.unit(index), generator)
+        for x in images.batches(t.batch_size, generator):
+            x = model.generative.output.augment(x, generator)
             terms = model.loss_terms(x, len(images), generator)
             loss = sum(terms.values())
             optimizer.zero_grad()
@@ -162,13 +161,15 @@ def train(
 def evaluation_images(data: Dataset, part: str, config: RunConfig) -> torch.Tensor:
     """Validation or test images as the model's output expects them, [N, C, H, W].
 
-    For a Bernoulli output: one fixed binarisation, from the data configuration's seed.
+    What training does anew at every step (binarisation, dequantisation) is done once here, with
+    noise fixed by the data configuration's seed.
     """
     x = getattr(data, part).unit()
-    if config.model.output != "bernoulli":
-        return x
+    output = make_output(data.shape, config.model)
     offset = {"valid": 1, "test": 2}[part]
-    return binarise(x, torch.Generator().manual_seed(1000 * config.data.seed + offset))
+    x = output.augment(x, torch.Generator().manual_seed(1000 * config.data.seed + offset))
+    output.check(x)
+    return x
 
 
 def _check_finite(losses: torch.Tensor, names: list[str], epoch: int, config: RunConfig) -> None:

@@ -130,3 +130,16 @@ def test_profile_grids(profile):
 def test_at_least_five_seeds_where_it_counts():
     assert len(PROFILES["digits"].seeds) >= 5
     assert len(PROFILES["paper"].seeds) >= 5
+
+
+def test_presets_cover_the_data_sets_at_both_dimensions():
+    from gpvae.config import PRESETS
+    from gpvae.data import names
+
+    found = {(c.data.name, c.model.latent_dim) for c in PRESETS.values()}
+    sets = set(names()) - {"digits", "omniglot-images"}
+    assert found == {(name, dim) for name in sets for dim in (20, 50)}
+    profile = gpvae.get_profile("paper/omniglot-d20")
+    assert profile.name == "paper/omniglot-d20" and profile.base == PRESETS["omniglot-d20"]
+    with pytest.raises(ConfigError, match="Did you mean 'paper/omniglot-d20'"):
+        gpvae.get_profile("paper/omniglot-20")

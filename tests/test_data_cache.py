@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ import pytest
 import torch
 from test_data_formats import image_bytes
 
-from gpvae.data import cache, celeba, split
+from gpvae.data import cache, celeba, cli, load_dataset, split, workers
+from gpvae.data.locate import state
+from gpvae.data.sources import SOURCES, File
 from gpvae.errors import DataError
 
 COUNT = 23
@@ -88,12 +92,36 @@ def test_standard_split_is_kept(tmp_path: Path) -> None:
         split("celeba", raw, valid_size=5)
 
 
+def test_from_the_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = make_set(tmp_path / "data" / "celeba")
+    layout = tuple(File(name) for name in (celeba.ARCHIVE, celeba.PARTITION))
+    record = replace(SOURCES["celeba"], layouts=(layout,), train=15, valid=4, test=4)
+    monkeypatch.setitem(SOURCES, "celeba", record)
+    assert "cache not built yet" in state(record).text
+    args = argparse.Namespace(name="celeba", skip_corrupt=False)
+    assert cli.run_cache(args) == 0
+    assert "cache built" in state(record).text
+    data = load_dataset("celeba", test_size=2)
+    assert (data.shape, len(data.valid), len(data.test)) == ((3, 64, 64), 4, 2)
+    assert cli.run_verify(argparse.Namespace(names=["celeba"])) == 0
+    assert "the cache is as it was built" in capsys.readouterr().out
+    plan = celeba.make_plan(found)
+    with (plan.folder / "images.npy").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\x07" * 64)
+    assert cli.run_verify(argparse.Namespace(names=["celeba"])) == 1
+    with pytest.raises(DataError, match="takes no resize"):
+        load_dataset("celeba", resize=(32, 32))
+
+
 def test_the_cache_is_used_again(tmp_path: Path) -> None:
     found = make_set(tmp_path / "in")
     first = read(found)
     calls: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "_start", lambda *_: pytest.fail("no worker is needed"))
+        patch.setattr(workers, "start", lambda *_: pytest.fail("no worker is needed"))
         second = read(found, check=lambda: calls.append(1))
     assert first.hash == second.hash
     assert not calls, "the sums of the source are checked only for a build"
@@ -228,10 +256,10 @@ def change_a_block(folder: Path) -> None:
 def counted_blocks() -> Iterator[list[int]]:
     """Blocks that workers are asked for."""
     blocks: list[int] = []
-    start = cache._start
+    start = workers.start
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            cache, "_start", lambda name, job: (blocks.extend(job["blocks"]), start(name, job))[1]
+            workers, "start", lambda name, job: (blocks.extend(job["blocks"]), start(name, job))[1]
         )
         yield blocks
 
@@ -320,14 +348,14 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = make_set(tmp_path / "in")
-    start = cache._start
+    start = workers.start
 
     def dying(module: str, job: dict) -> subprocess.Popen[str]:
         worker = start(module, job)
         worker.kill()
         return worker
 
-    monkeypatch.setattr(cache, "_start", dying)
+    monkeypatch.setattr(workers, "start", dying)
     with pytest.raises(DataError, match="ended with code -9"):
         read(found)
     assert left_in(found) == set()
@@ -335,7 +363,7 @@ def test_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
     found = make_set(tmp_path / "in")
-    results = cache._results
+    results = workers.results
 
     def interrupted(module: str, jobs: list[dict]):
         for k, line in enumerate(results(module, jobs)):
@@ -344,7 +372,7 @@ def test_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
             yield line
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "_results", interrupted)
+        patch.setattr(workers, "results", interrupted)
         with pytest.raises(KeyboardInterrupt):
             read(found)
     assert left_in(found) == {"cache-64x64.build"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import threading
 from pathlib import Path
 
@@ -11,7 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpvae.data import Images, Raw, Streamed, digest, from_images, load_dataset, split
+from gpvae.data import (
+    Images,
+    Raw,
+    Streamed,
+    catalog,
+    digest,
+    from_images,
+    load_dataset,
+    split,
+    user,
+)
 from gpvae.data.rows import Rows
 from gpvae.data.stream import benchmark, prefetch
 from gpvae.errors import DataError
@@ -252,3 +263,9 @@ def test_load_dataset_takes_paths(tmp_path: Path) -> None:
         load_dataset(tmp_path / "mine.txt")
     with pytest.raises(DataError, match="resize"):
         load_dataset(tmp_path / "mine.npy", resize=(2, 2))
+
+
+@pytest.mark.parametrize("module", [catalog, user])
+def test_examples(module: object) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed

@@ -62,9 +62,9 @@ def test_first_mnist_labels() -> None:
 
 
 def test_frey_frames_follow_each_other() -> None:
-    """Neighbours are alike, as in a video, and far frames are not: the order is the original."""
+    """Neighbours are more alike than far frames, as in a video: the order is the original."""
     needs("frey")
     frames = load_dataset("frey", test_block=True).test.unit()
     near = (frames[1:] - frames[:-1]).abs().mean()
     far = (frames[100:] - frames[:-100]).abs().mean()
-    assert near < 0.6 * far
+    assert near < 0.8 * far

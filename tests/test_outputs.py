@@ -108,3 +108,21 @@ def test_low_precision_inside_the_networks_leaves_densities_in_float32(output, n
     got = model.generative.log_likelihood(x, z)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dequantised_density_bounds_the_discrete_probability():
+    """E log p(x + u) + log(1 / levels) <= log P(x), with equality for a flat density."""
+    from gpvae.outputs import dequantise
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((20_000, 1), 3 / 16)
+    spread = dequantise(x, 17, generator)
+    assert spread.min() >= 3 / 17 and spread.max() <= 4 / 17
+    output = Gaussian(levels=17)
+    with torch.no_grad():
+        bound = output.log_prob(torch.tensor([[0.1]]), spread).mean() - math.log(17)
+    normal = torch.distributions.Normal(0.1, 0.3)
+    exact = (normal.cdf(torch.tensor(4 / 17)) - normal.cdf(torch.tensor(3 / 17))).log()
+    assert exact - 1e-2 < bound < exact
+    assert output.augment(x, generator).unique().numel() > 1000
+    assert torch.equal(Gaussian().augment(x, generator), x)

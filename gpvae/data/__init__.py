@@ -6,7 +6,7 @@
 | what exists, where, with which sums  | `sources`, `sums`, `places`, `locate`            |
 | a set by name                        | `catalog`                                        |
 | original formats                     | `idx`, `matlab`, `mat5`, `cifar`, `omniglot`, `frey` |
-| CelebA and its resized cache         | `celeba`, `cache`, `resize`                      |
+| CelebA and its resized cache         | `celeba`, `cache`, `workers`, `resize`           |
 | a user's own images                  | `user`                                           |
 | images larger than memory            | `stream`                                         |
 | the `gpvae data` command             | `cli`, `fetch`, `verify`                         |

@@ -4,21 +4,13 @@ While it is built, the cache is a folder `NAME.build` with the array, the plan a
 names each finished block of images and its sum. A restart trusts only blocks whose sum is still
 right. When all are there, the folder is renamed to `NAME` in one step, so that `NAME` is always
 complete. A failed build removes its folder; an interrupted or killed one leaves it to go on.
-
-The workers are separate programs fed through pipes, not a process pool: they end by themselves
-when the builder is killed, and a calling script needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpvae.data.files import file_sum, locked, reading, writing
+from gpvae.data import workers
+from gpvae.data.files import file_sum, locked, writing
 from gpvae.errors import DataError
 
 BLOCK = 500  # images that a worker hands in at once
 VARIABLE = "GPVAE_CACHE"
-Work = Callable[[int, int], tuple[np.ndarray, list[tuple[int, str]]]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Plan:
         folder: the finished cache.
         shape: (N, C, H, W) of the uint8 images.
         identity: JSON values that name the source; another identity is another cache.
-        module: the workers' program, run as `python -m module`; it calls `serve`.
+        module: the workers' program, run as `python -m module`; it calls `workers.serve`.
         job: JSON values for the workers.
     """
 
@@ -162,7 +154,7 @@ def _build(plan: Plan, skip_bad: bool, processes: int | None, block: int, progre
     array, offset = _open_build(plan, block)
     done = _finished_blocks(plan, block, offset)
     todo = [k for k in range(-(-plan.shape[0] // block)) if k not in done]
-    workers = min(processes or min(os.cpu_count() or 1, 16), max(1, len(todo)))
+    count = min(processes or min(os.cpu_count() or 1, 16), max(1, len(todo)))
     jobs = [
         {
             **plan.job,
@@ -170,13 +162,13 @@ def _build(plan: Plan, skip_bad: bool, processes: int | None, block: int, progre
             "offset": offset,
             "count": plan.shape[0],
             "block": block,
-            "blocks": todo[k::workers],
+            "blocks": todo[k::count],
         }
-        for k in range(workers)
+        for k in range(count)
     ]
     with (folder / "journal.jsonl").open("w") as journal, _bar(plan, done, progress) as bar:
         journal.writelines(json.dumps(line) + "\n" for line in done.values())
-        for line in _results(plan.module, jobs) if todo else ():
+        for line in workers.results(plan.module, jobs) if todo else ():
             if line["bad"] and not skip_bad:
                 raise DataError(describe_bad([reason for _, reason in line["bad"]]))
             journal.write(json.dumps(line) + "\n")
@@ -235,55 +227,6 @@ def _finished_blocks(plan: Plan, block: int, offset: int) -> dict[int, dict]:
     return done
 
 
-def _results(module: str, jobs: list[dict]) -> Iterator[dict]:
-    """Start one worker per job and give their lines as they come; all have ended afterwards."""
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    workers = [_start(module, job) for job in jobs]
-    try:
-        for worker in workers:
-            threading.Thread(target=_relay, args=(worker, lines), daemon=True).start()
-        running = len(workers)
-        while running:
-            text = lines.get()
-            if text is None:
-                running -= 1
-                continue
-            line = json.loads(text)
-            if "error" in line:
-                raise DataError(line["error"])
-            yield line
-        for worker in workers:
-            if worker.wait() != 0:
-                raise DataError(f"a worker ended with code {worker.returncode}; run it again.")
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-
-
-def _start(module: str, job: dict) -> subprocess.Popen[str]:
-    """A worker with its job on its way; it imports what this process would import."""
-    paths = os.pathsep.join(filter(None, sys.path))
-    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    worker = subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **single, "PYTHONPATH": paths},
-    )
-    with suppress(BrokenPipeError):  # it died at once: its return code will tell
-        worker.stdin.write(json.dumps(job))
-        worker.stdin.close()
-    return worker
-
-
-def _relay(worker: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
-    for line in worker.stdout:
-        lines.put(line)
-    lines.put(None)
-
-
 def _bar(plan: Plan, done: dict[int, dict], progress: bool) -> tqdm:
     return tqdm(
         total=plan.shape[0],
@@ -293,45 +236,3 @@ def _bar(plan: Plan, done: dict[int, dict], progress: bool) -> tqdm:
         mininterval=2,
         disable=not progress,
     )
-
-
-def serve(make: Callable[[dict], Work]) -> None:
-    """A worker's program: read the job, make its blocks, write them and report each.
-
-    Args:
-        make: gives, for a job, the function that makes images [start, stop) as uint8 and lists
-            (row, reason) for those that cannot be decoded.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder decides when to stop
-    job = json.load(sys.stdin)
-    try:
-        with reading(Path(job["out"]), "the growing cache"):
-            work = make(job)
-            for number in job["blocks"]:
-                _report(_make_block(job, work, number))
-    except DataError as error:
-        _report({"error": str(error)})
-        sys.exit(1)
-
-
-def _make_block(job: dict, work: Work, number: int) -> dict:
-    start = number * job["block"]
-    stop = min(start + job["block"], job["count"])
-    pixels, bad = work(start, stop)
-    data = pixels.tobytes()
-    with writing(Path(job["out"]), VARIABLE), open(job["out"], "r+b") as out:
-        out.seek(job["offset"] + start * pixels[0].nbytes)
-        out.write(data)
-    return {
-        "block": number,
-        "images": stop - start,
-        "sha256": sha256(data).hexdigest(),
-        "bad": bad,
-    }
-
-
-def _report(line: dict) -> None:
-    try:
-        print(json.dumps(line), flush=True)
-    except BrokenPipeError:  # the builder is gone, and nobody will hear of it
-        os._exit(1)

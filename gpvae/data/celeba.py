@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from gpvae.data import cache, places
+from gpvae.data import cache, places, workers
 from gpvae.data.files import file_sum, reading, refuse_outside
 from gpvae.data.resize import area_mean
 from gpvae.data.rows import Rows
@@ -162,7 +162,7 @@ def open_source(source: Path, stack: ExitStack) -> Callable[[str], np.ndarray]:
     return from_archive
 
 
-def make_work(job: dict) -> cache.Work:
+def make_work(job: dict) -> workers.Work:
     """The workers' part: images [start, stop) of the list, zero where they are damaged."""
     names, _ = read_partition(Path(job["partition"]))
     get = open_source(Path(job["source"]), ExitStack())
@@ -181,4 +181,4 @@ def make_work(job: dict) -> cache.Work:
 
 
 if __name__ == "__main__":
-    cache.serve(make_work)
+    workers.serve(make_work)

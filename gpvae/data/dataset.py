@@ -216,10 +216,7 @@ def split(
             f"{name} has {total} training images: {n_cut} for validation and {n_test} for test "
             f"leave {max(available, 0)}, but train_size={n_train} was asked for."
         )
-    order = np.random.default_rng(seed).permutation(total)
-    if test_block:
-        block = np.r_[n_test : n_test + n_cut, :n_test]
-        order = np.concatenate([block, order[order >= n_test + n_cut]])
+    order = _cut_order(total, n_cut, n_test, seed, test_block)
     valid_index = order[:n_cut] if raw.valid is None else np.arange(n_valid)
     valid = (train if raw.valid is None else Rows.all(raw.valid)).view(valid_index)
     test = train.view(order[n_cut : n_cut + n_test]) if raw.test is None else Rows.all(raw.test)
@@ -243,6 +240,15 @@ def split(
     images = {key: part for key, (part, _) in held.items()}
     pieces = [array for _, arrays in held.values() for array in arrays]
     return Dataset(name, **images, split=info, hash=digest(*pieces))
+
+
+def _cut_order(total: int, n_valid: int, n_test: int, seed: int, block: bool) -> np.ndarray:
+    """The training images in order: first those cut for validation, then those for test."""
+    order = np.random.default_rng(seed).permutation(total)
+    if not block:
+        return order
+    cut = np.r_[n_test : n_test + n_valid, :n_test]
+    return np.concatenate([cut, order[order >= n_test + n_valid]])
 
 
 def _valid_count(name: str, raw: Raw, total: int, asked: int | None) -> int:
