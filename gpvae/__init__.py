@@ -39,6 +39,7 @@ _LAZY = {
     "dawsn": "special",
     "elbo": "evaluate",
     "expected_log_square": "special",
+    "from_images": "data",
     "load_dataset": "data",
     "load_model": "training",
     "log_likelihood": "evaluate",

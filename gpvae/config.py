@@ -235,7 +235,7 @@ class EvaluationConfig:
     """Test-time estimates: S importance samples, and whether to optimise each posterior."""
 
     samples: int = 500
-    elbo_samples: int = 100
+    elbo_samples: int = 500
     gaps: bool = True
     seed: int = 1
 
@@ -407,6 +407,8 @@ class Profile:
         outputs: output distributions of the benchmark table.
         train_sizes: sizes of the training-size curve; None is the base configuration's.
         notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
+        workers: processes that share the runs; None for one on each core. Starting them takes
+            longer than very short runs.
     """
 
     name: str
@@ -416,6 +418,7 @@ class Profile:
     outputs: tuple[str, ...] = ("gaussian", "bernoulli")
     train_sizes: tuple[int | None, ...] = (None,)
     notebook_scale: float = 1.0
+    workers: int | None = None
 
     def runs(
         self, output: str | None = None, train_sizes: tuple[int | None, ...] = (None,)
@@ -487,7 +490,14 @@ def _profiles() -> dict[str, Profile]:
         }
     )
     return {
-        "smoke": Profile("smoke", smoke, seeds=(0, 1), train_sizes=(64, None), notebook_scale=0.05),
+        "smoke": Profile(
+            "smoke",
+            smoke,
+            seeds=(0, 1),
+            train_sizes=(64, None),
+            notebook_scale=0.05,
+            workers=1,
+        ),
         "digits": Profile("digits", digits, train_sizes=(100, 200, 400, 800, None)),
         "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
     }

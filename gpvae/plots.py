@@ -25,6 +25,9 @@ COLOURS = {
     "hf": _PALETTE[8],
     "me": _PALETTE[9],
     "rme": _PALETTE[2],
+    "savae": _PALETTE[4],
+    "svi": _PALETTE[7],
+    "vlae": _PALETTE[5],
     "exact": (0.25, 0.25, 0.25),
 }
 

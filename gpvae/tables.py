@@ -20,6 +20,9 @@ LABELS = {
     "hf": "HF",
     "me": "ME",
     "rme": "RME",
+    "savae": "SA-VAE",
+    "svi": "SVI",
+    "vlae": "VLAE",
 }
 MISSING = "missing"
 

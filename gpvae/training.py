@@ -24,7 +24,10 @@ from gpvae.householder import HouseholderVAE
 from gpvae.iaf import IAFVAE
 from gpvae.mixtures import MixtureVAE, RecursiveMixtureVAE
 from gpvae.outputs import make_output
+from gpvae.savae import SAVAE
+from gpvae.svi import SVI
 from gpvae.vae import VAE
+from gpvae.vlae import VLAE
 
 MODELS: dict[str, type[VAE]] = {
     "vae": VAE,
@@ -33,6 +36,9 @@ MODELS: dict[str, type[VAE]] = {
     "hf": HouseholderVAE,
     "me": MixtureVAE,
     "rme": RecursiveMixtureVAE,
+    "savae": SAVAE,
+    "svi": SVI,
+    "vlae": VLAE,
 }
 VALID_SEED = 7  # the validation bound uses the same noise at every epoch
 

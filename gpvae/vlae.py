@@ -2,8 +2,8 @@
 
 With the decoder's raw output r(z), its Jacobian J = dr/dz, and for one image
 
-    residual  d = d log p(x | r) / dr          Gaussian (x - r) / sigma^2,   Bernoulli x - p
-    weight    w = -d^2 log p(x | r) / dr^2     Gaussian 1 / sigma^2,         Bernoulli p (1 - p)
+    residual  d = d log p(x | r) / dr          Gaussian (x - r) / sigma^2,  Bernoulli x - p
+    weight    w = -d^2 log p(x | r) / dr^2     Gaussian 1 / sigma^2,        Bernoulli p (1 - p)
 
     Lambda(z) = I + J^T diag(w) J
     z_{t+1} = z_t + alpha_t Lambda(z_t)^-1 (J^T d - z_t),   z_0 = b(x),   t = 0 .. T - 1
@@ -30,33 +30,29 @@ Dimensions: B images, D latent, P pixels, T steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError, TrainingError
 from gpvae.full_gaussian import FullGaussian
-from gpvae.outputs import Bernoulli, Gaussian
+from gpvae.outputs import Output
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
 
-def _gaussian_derivatives(output: Gaussian, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    precision = torch.exp(-2 * output.log_std)
-    return (x - raw) * precision, precision.expand_as(raw)
+def pixel_derivatives(output: Output, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """d log p(x | r) / dr and -d^2 log p(x | r) / dr^2, each [B, P], for raw r and x [B, P].
 
+    Reverse mode twice. The second derivative is the diagonal one because every output treats the
+    pixels as independent, each with its own r; and not negative because every output is
+    log-concave in r.
+    """
 
-def _bernoulli_derivatives(output: Bernoulli, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    p = raw.sigmoid()
-    return x - p, p * (1 - p)
+    def first(raw: Tensor) -> Tensor:
+        return torch.func.grad(lambda r: output.log_prob(r, x).sum())(raw)
 
-
-DERIVATIVES: dict[type, Callable[..., tuple[Tensor, Tensor]]] = {
-    Bernoulli: _bernoulli_derivatives,
-    Gaussian: _gaussian_derivatives,
-}
+    return first(raw), -torch.func.grad(lambda r: first(r).sum())(raw)
 
 
 def decoder_jacobian(generative: Generative, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,14 +81,10 @@ def newton_terms(generative: Generative, x: Tensor, z: Tensor) -> tuple[Tensor, 
     """grad_z log p(x, z) = J^T d - z, [B, D], and Lambda, [B, D, D], at z [B, D].
 
     Raises:
-        ConfigError: an output distribution or a decoder that VLAE cannot use.
+        ConfigError: a decoder without a Jacobian.
     """
-    output = generative.output
-    if type(output) not in DERIVATIVES:
-        names = ", ".join(sorted(t.__name__ for t in DERIVATIVES))
-        raise ConfigError(f"VLAE knows the outputs {names}; it was given {type(output).__name__}.")
     raw, jacobian = decoder_jacobian(generative, z)
-    residual, weight = DERIVATIVES[type(output)](output, raw, x.flatten(1))
+    residual, weight = pixel_derivatives(generative.output, raw, x.flatten(1))
     gradient = (jacobian.mT @ residual[..., None])[..., 0] - z
     eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     return gradient, eye + (jacobian.mT * weight[:, None, :]) @ jacobian
@@ -126,7 +118,7 @@ class LaplaceEncoder(GaussianEncoder):
         """Posterior of images x [B, C, H, W].
 
         Raises:
-            ConfigError: an output distribution or a decoder that VLAE cannot use.
+            ConfigError: a decoder without a Jacobian.
             TrainingError: a step is not finite while gradients are recorded, or even the
                 encoder's own mean gives no finite Laplace approximation.
         """

@@ -141,14 +141,18 @@ def test_unreadable_rows(tmp_path):
 
 def test_code_hash_ignores_comments_and_docstrings_only(tmp_path, monkeypatch):
     def hashed(source):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "dataset.py").write_text("")
         (tmp_path / "m.py").write_text(source)
-        monkeypatch.setattr(results, "NUMERICAL_MODULES", ("m",))
         monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
         return results.code_hash.__wrapped__()
 
     base = hashed('def f(x):\n    """One."""\n    return x + 1\n')
     assert hashed('# why\ndef f(x):\n    """Two."""\n\n    return x + 1\n') == base
     assert hashed('def f(x):\n    """One."""\n    return x + 2\n') != base
+    changed = hashed("x = 1")
+    (tmp_path / "plots.py").write_text("y = 2")
+    assert hashed("x = 1") == changed
 
 
 def test_gaps_and_scores_of_a_run(project_root, config):
