@@ -14,7 +14,7 @@ from gpvae.errors import GPVAEError, TrainingError
 
 # Each offers add_parser(subparsers) and sets `run(args) -> int`. None may import torch at its
 # top level: `gpvae --help` answers at once.
-MODULES = ("gpvae.reproduce", "gpvae.train_command")
+MODULES = ("gpvae.reproduce", "gpvae.train_command", "gpvae.data.cli")
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 

@@ -274,6 +274,7 @@ def test_rotation_takes_the_reflections_in_order() -> None:
     torch.testing.assert_close(posterior.mean[0], second @ first @ posterior.base.mean[0])
 
 
+@torch.no_grad()
 def test_householder_density_covariance_and_kl_against_torch() -> None:
     posterior = build(HouseholderVAE)(pixels())
     factor = posterior.rotation() @ torch.diag_embed(posterior.base.std)

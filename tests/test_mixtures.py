@@ -26,7 +26,7 @@ from gpvae.vae import VAE
 
 SHAPE = (1, 4, 4)
 MIXTURES = [MixtureVAE, RecursiveMixtureVAE]
-SPACING = 0.05
+SPACING = 0.06
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -64,8 +64,8 @@ def reference(q: GaussianMixture) -> MixtureSameFamily:
 
 
 def plane() -> Tensor:
-    """A grid over [-9, 9]^2 as [R, 1, 2]; a sum over it times SPACING^2 is an integral."""
-    axis = torch.arange(-9, 9, SPACING, dtype=torch.float64)
+    """A grid over [-12, 12]^2 as [R, 1, 2]; a sum over it times SPACING^2 is an integral."""
+    axis = torch.arange(-12, 12, SPACING, dtype=torch.float64)
     return torch.cartesian_prod(axis, axis)[:, None]
 
 
@@ -184,7 +184,7 @@ def test_stratified_bound_is_unbiased() -> None:
         naive = model.generative.log_joint(x, z) - q.log_prob(z)
     within_error(log_lik - kl, exact)
     within_error(naive, exact)
-    assert bool(((log_lik - kl).std(0) < 0.7 * naive.std(0)).all())
+    assert bool(((log_lik - kl).std(0) < 0.8 * naive.std(0)).all())
     assert bool((exact < exact_evidence(model, x)).all())
 
 
@@ -272,7 +272,8 @@ def test_a_new_component_follows_the_functional_gradient() -> None:
     with torch.no_grad():
         features = model.encoder.trunk(x)
         q, Q = model.encoder.component(features, 2), model.encoder.mixture(features)
-        draws = [model.loss_terms(x, 1, gen(seed)) for seed in range(4000)]
+        copies = x.expand(100, -1, -1, -1)
+        draws = [model.loss_terms(copies, 1, gen(seed)) for seed in range(100)]
         criterion = -torch.stack([sum(terms.values()) for terms in draws])
 
         def blend(e: float) -> GaussianMixture:
@@ -297,7 +298,7 @@ def test_divergence_counts_up_to_its_bound(bound: float) -> None:
     with torch.no_grad():
         model.encoder.heads(1)[0].bias.add_(100)  # far from the first component
     terms = model.loss_terms(pixels(), 10, gen())
-    assert float(terms["divergence"]) == pytest.approx(-bound, abs=1e-12)
+    assert terms["divergence"].item() == pytest.approx(-bound, abs=1e-12)
     q = model.encoder.component(model.encoder.trunk(pixels()), 1)
     assert torch.equal(terms["kl"], q.kl().mean())
 
@@ -387,6 +388,14 @@ def test_stages_show_in_the_history_and_the_state() -> None:
     assert (before["components"], after["components"]) == (1, 2)
     best = trained.history[[r["epoch"] for r in trained.history].index(trained.best_epoch)]
     assert trained.model.encoder.active == best["components"]
+
+
+def test_patience_counts_in_the_last_phase_only() -> None:
+    config, data = tiny_run()
+    config = config.override(**{"training.patience": 1, "training.learning_rate": 1e-9})
+    trained = train(config, data)  # the bound hardly moves: a plain VAE would stop at once
+    assert trained.history[-1]["stage"] == 3
+    assert 10 < trained.history[-1]["epoch"] < config.training.epochs
 
 
 @pytest.mark.parametrize("killed", [3, 4, 5, 7, 8, 9, 12])
