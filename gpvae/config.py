@@ -122,7 +122,7 @@ class SAVAEConfig:
     """
 
     steps: int = 4
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     momentum: float = 0.5
     clip: float = 5.0
     samples: int = 1
@@ -149,12 +149,12 @@ class VLAEConfig:
     Args:
         steps: T; 0 is the VAE.
         rate: fraction of the first Newton step that is taken; 1 is undamped.
-        decay: step t = 0, 1, ... takes the fraction rate / (t + 1)^decay.
+        decay: step t = 0, 1, ... takes the fraction rate / (t + 1)^decay; 1 in the authors' code.
     """
 
     steps: int = 4
     rate: float = 0.5
-    decay: float = 1.0
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_steps("model.vlae.steps", self.steps)

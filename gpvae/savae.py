@@ -27,7 +27,7 @@ from gpvae.config import ModelConfig, SAVAEConfig
 from gpvae.errors import TrainingError
 from gpvae.noise import image_noise
 from gpvae.posteriors import DiagonalGaussian
-from gpvae.svi import gaussian_elbo
+from gpvae.search import gaussian_elbo
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
 EVALUATION_SEED = 0  # of the inner noise whenever no training step has set another

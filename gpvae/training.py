@@ -125,11 +125,10 @@ def train(
     if folder is not None:
         state.load(folder, config)
     started = last_log = time.monotonic()
-    staged = isinstance(model, RecursiveMixtureVAE)
-    starts = model.phase_starts(t.epochs) if staged else [0]  # patience counts in the last phase
+    starts = model.phase_starts(t.epochs)  # patience counts in the last phase
 
     while state.epoch < t.epochs and state.epoch - max(state.best_epoch, starts[-1]) < t.patience:
-        stage = model.start_epoch(state.epoch, t.epochs, state.best_weights) if staged else {}
+        stage = model.start_epoch(state.epoch, t.epochs, state.best_weights)
         losses = []
         for x in images.batches(t.batch_size, generator):
             x = model.generative.output.augment(x, generator)

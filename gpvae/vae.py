@@ -6,6 +6,7 @@ Dimensions: S samples, B images, D latent, P pixels. All densities are in nats p
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,22 @@ class VAE(nn.Module):
             "kl": kl.mean(),
             "weight_kl": self.encoder.weight_kl() * (self.temperature / n_train),
         }
+
+    def phase_starts(self, epochs: int) -> list[int]:
+        """Epochs at which the phases of training start; most models have one phase."""
+        return [0]
+
+    def start_epoch(
+        self, epoch: int, epochs: int, best_weights: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """Called before each epoch (counted from 0); returns what the history shows of it.
+
+        Args:
+            epoch: the one that starts.
+            epochs: how many there are at most.
+            best_weights: those of the best validation bound so far.
+        """
+        return {}
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Mean images of latents drawn from the prior, [count, C, H, W]."""

@@ -10,8 +10,9 @@ With the decoder's raw output r(z), its Jacobian J = dr/dz, and for one image
     q(z | x) = N(z_T, Lambda(z_T)^-1)
 
 For a decoder that is linear in z with a Gaussian output, one undamped step (alpha_0 = 1) gives the
-exact posterior; a ReLU decoder is linear in pieces. alpha_t = rate / (t + 1)^decay, in the
-authors' code 0.5 / (t + 1), which is the default. With T = 0 it is the VAE.
+exact posterior; a ReLU decoder is linear in pieces. alpha_t = rate / (t + 1)^decay: the authors'
+code has 0.5 / (t + 1); the default here is 0.5 at every step, which gave a better validation bound
+on digits. With T = 0 it is the VAE.
 
 References:
     Variational Laplace Autoencoders (Park, Kim and Kim, ICML 2019),
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError, TrainingError
+from gpvae.evaluate import IMAGES_PER_BLOCK
 from gpvae.full_gaussian import FullGaussian
 from gpvae.outputs import Output
 from gpvae.posteriors import DiagonalGaussian
@@ -124,6 +126,13 @@ class LaplaceEncoder(GaussianEncoder):
         """
         if not self.options.steps:
             return super().forward(x)
+        if torch.is_grad_enabled() or len(x) <= IMAGES_PER_BLOCK:
+            return self._laplace(x, generative)
+        parts = [self._laplace(block, generative) for block in x.split(IMAGES_PER_BLOCK)]
+        mean = torch.cat([q.mean for q in parts])
+        return FullGaussian(mean, torch.cat([q.scale_tril for q in parts]))
+
+    def _laplace(self, x: Tensor, generative: Generative) -> FullGaussian:
         z = start = self.mean_head(self.trunk(x))
         fine = torch.ones(len(z), dtype=torch.bool, device=z.device)
         for t in range(self.options.steps):

@@ -250,8 +250,10 @@ def test_too_few_hidden_units_are_refused() -> None:
 @pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, 1e30])
 def test_rotation_is_orthogonal(dtype: torch.dtype, tolerance: float, length: float) -> None:
     base = DiagonalGaussian(randn(3, 5).to(dtype), randn(3, 5).exp().to(dtype))
-    vectors = (length * randn(3, 4, 5)).to(dtype)
-    rotation = HouseholderGaussian(base, vectors).rotation()
+    vectors = randn(3, 4, 5)
+    rotation = HouseholderGaussian(base, (length * vectors).to(dtype)).rotation()
+    same = HouseholderGaussian(base, vectors.to(dtype)).rotation()
+    torch.testing.assert_close(rotation, same, rtol=0, atol=2 * tolerance)
     product = rotation @ rotation.mT - torch.eye(5, dtype=dtype)
     assert float(product.abs().max()) < tolerance
     assert float((torch.linalg.det(rotation) - 1).abs().max()) < 10 * tolerance  # K is even
