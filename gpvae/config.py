@@ -94,7 +94,7 @@ class MixtureConfig:
     """
 
     components: int = 3
-    divergence_bound: float = 10.0
+    divergence_bound: float = 1.0
     first_share: float = 0.5
     fit_share: float = 0.3
     refit: str = "all"

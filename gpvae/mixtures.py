@@ -152,6 +152,14 @@ class MixtureEncoder(GaussianEncoder):
         means, stds = (torch.stack(p, 1) for p in ([q.mean for q in parts], [q.std for q in parts]))
         return GaussianMixture(log_weights, means, stds)
 
+    @torch.no_grad()
+    def copy_component(self, source: int, target: int) -> None:
+        """Make component `target` the same as `source`, with the same weight."""
+        for new, old in zip(self.heads(target), self.heads(source), strict=True):
+            new.load_state_dict(old.state_dict())
+        for p in self.weight_head.parameters():
+            p[target] = p[source]
+
     def forward(self, x: Tensor, generative: Generative | None = None) -> Posterior:
         """Posterior of images x [B, C, H, W]."""
         return self.mixture(self.trunk(x))
@@ -199,10 +207,13 @@ class RecursiveMixtureVAE(MixtureVAE):
 
         ELBO(q) + E_q min(log q(z) - log Q(z), C)   <=   ELBO(q) + C.
 
+    Being different can raise the mixture's bound by log M nats at most, so C is of that order.
+
     Stages: 1 is the VAE. Stage s = 2..M goes on from the weights with the best validation bound
     so far; a component that did not raise it is thereby dropped, and tried anew. Then
 
-    - fit: the heads of the new component alone follow the criterion above, by one
+    - fit: the heads of the new component, at first a copy of component 1 (from random heads it
+      ends far below the others and gets no weight), follow the criterion above by one
       reparameterised sample; decoder, trunk and Q are held still;
     - refit: the mixing weights, now with the new component, follow the mixture's bound, and with
       them everything else (`refit = "all"`) or the decoder only (`refit = "weights"`).
@@ -210,7 +221,7 @@ class RecursiveMixtureVAE(MixtureVAE):
     Which phase it is depends on the epoch only (`phase_starts`), and what the phases leave
     behind is in the state, so a checkpoint of any epoch continues. Inference is the same one pass
     as for `MixtureVAE`. Choices of this project, on which the paper's abstract is silent: the
-    form and value of the bound, linear heads on a shared trunk, and the phases.
+    form and value of the bound, linear heads on a shared trunk, the copy, and the phases.
 
     References:
         Recursive Inference for Variational Autoencoders (Kim and Pavlovic, NeurIPS 2020),
@@ -258,6 +269,7 @@ class RecursiveMixtureVAE(MixtureVAE):
         stage, fitting = 1 + (phase + 1) // 2, phase % 2 == 1
         if stage > self.stage:
             self.load_state_dict(best_weights)
+            self.encoder.copy_component(0, self.encoder.active)
         if self.fitting and not fitting:
             self.encoder.active += 1
         self.stage, self.fitting = stage, fitting

@@ -49,7 +49,10 @@ def save(figure: Figure, name: str, profile: str) -> Figure:
 
 
 def image_row(ax: Axes, images: np.ndarray, label: str = "", columns: int | None = None) -> None:
-    """Images [N, C, H, W] in [0, 1] side by side, in rows of `columns`; ink is dark if grey."""
+    """Images [N, C, H, W] in [0, 1] side by side, in rows of `columns`.
+
+    Grey images that are mostly 0, such as handwriting, are drawn as dark ink on white.
+    """
     n, channels, height, width = images.shape
     columns = columns or n
     rows = -(-n // columns)
@@ -58,7 +61,8 @@ def image_row(ax: Axes, images: np.ndarray, label: str = "", columns: int | None
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     if channels == 1:
-        ax.imshow(canvas[..., 0], vmin=0, vmax=1, interpolation="nearest")
+        tones = "gray_r" if images.mean() < 0.5 else "gray"
+        ax.imshow(canvas[..., 0], vmin=0, vmax=1, cmap=tones, interpolation="nearest")
     else:
         ax.imshow(np.nan_to_num(canvas, nan=1).clip(0, 1), interpolation="nearest")
     ax.set(xticks=[], yticks=[])

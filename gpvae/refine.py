@@ -9,7 +9,7 @@ Selection and report use independent noise. Ranking by a noisy bound and reporti
 would count luck as gain, most of all for -ELBO and the oracle.
 
 Dimensions: N images, D latent, R recorded step counts. Bounds are in nats per image; a step costs
-2 D passes of one image through the decoder and back.
+2 D (at most 50) passes of one image through the decoder and back.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def trajectory(
 
     Without a stopping rule: every image takes all steps. `counts` rises from 0.
     """
-    samples = max(options.samples or 2 * generative.latent_dim, MEASURE_SAMPLES)
+    samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
     index = torch.arange(len(x), device=x.device).split(images_at_once(generative, x, samples))
     blocks = [_trajectory_block(generative, x[i], q[i], counts, options) for i in index]
     return [

@@ -26,15 +26,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpvae.errors import ConfigError
+from gpvae.errors import ConfigError, DataError
 from gpvae.evaluate import MEMORY
 from gpvae.noise import orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.vae import Generative
 
+MOST_SAMPLES = 50  # of a step, unless asked for
 MEASURE_SAMPLES = 100  # for the bound that decides what is kept and when to stop
 SMALLEST_PRECISION = 1.0  # of the prior; what a Newton step assumes along flat directions
-LARGEST_MOVE = 2.0  # trust region of a Newton step, in posterior standard deviations
+SMALLEST_DIAGONAL = 0.25  # of P: no standard deviation above twice the prior's
+LARGEST_MOVE = 4.0  # of a full Newton step, in posterior standard deviations
 LARGEST_LOG_RATIO = 0.2  # of a standard deviation, in one step
 
 
@@ -44,7 +46,7 @@ class SearchOptions:
 
     Args:
         samples: posterior samples per image and step; None is 2 D, which gives the curvature in
-            every direction at every step.
+            every direction at every step, but at most MOST_SAMPLES.
         rate: fraction of the Newton step taken.
         forget: weight of the newest curvature in its running average.
         max_steps: bound on the steps; images still rising then are reported as not converged.
@@ -72,6 +74,10 @@ class SearchOptions:
             raise ConfigError(f"samples={self.samples}; expected at least 2, or None for 2 D.")
         if not self.tolerance > 0:
             raise ConfigError(f"tolerance={self.tolerance}; expected nats above 0.")
+
+    def step_samples(self, latent_dim: int) -> int:
+        """Samples of one step for D latent dimensions."""
+        return self.samples or min(2 * latent_dim, MOST_SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,17 @@ def search(
     """The best Gaussians of N images, whether each had stopped rising, and its steps.
 
     As many images move at once as fit into memory.
+
+    Raises:
+        DataError: a start that is not finite.
     """
-    samples = max(options.samples or 2 * generative.latent_dim, MEASURE_SAMPLES)
+    fine = (torch.isfinite(q.mean) & torch.isfinite(q.std) & (q.std > 0)).all(-1)
+    if not bool(fine.all()):
+        raise DataError(
+            f"the starting posteriors of {int((~fine).sum())} of {len(x)} images are not finite, "
+            "or have a standard deviation of 0."
+        )
+    samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
     index = torch.arange(len(x), device=x.device).split(images_at_once(generative, x, samples))
     parts = [_search_block(generative, x[i], q[i], options) for i in index]
     means, stds, converged, steps = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -149,17 +164,17 @@ def advance(
 ) -> tuple[SearchState, DiagonalGaussian, Tensor]:
     """Some steps, the average of the Gaussians on the way, and whether all stayed finite [B].
 
-    The average has less Monte Carlo noise than the last Gaussian.
+    The average, of means and precisions, has less Monte Carlo noise than the last Gaussian.
     """
-    samples = options.samples or 2 * state.mean.shape[-1]
-    mean, log_std = torch.zeros_like(state.mean), torch.zeros_like(state.mean)
+    samples = options.step_samples(state.mean.shape[-1])
+    mean, precision = torch.zeros_like(state.mean), torch.zeros_like(state.mean)
     finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(steps):
         noise = orthogonal_noise(samples, state.mean, generator)
         state, fine = newton_step(generative, x, state, noise, options)
         finite &= fine
-        mean, log_std = mean + state.mean / steps, log_std + state.std.log() / steps
-    return state, DiagonalGaussian(mean, log_std.exp()), finite
+        mean, precision = mean + state.mean / steps, precision + state.std**-2 / steps
+    return state, DiagonalGaussian(mean, precision.rsqrt()), finite
 
 
 def newton_step(
@@ -169,33 +184,44 @@ def newton_step(
 
     Images whose gradient is not finite stay where they are; the second result [B] is False there.
     """
-    z = state.mean + state.std * noise
-    g = _log_joint_gradient(generative, x, z)
-    finite = torch.isfinite(g).flatten(2).all(-1).all(0)
-    g = torch.where(finite[:, None], g, 0).double()
-    e = noise[:, 0].double()
-    curvature = -torch.einsum("sbi,sj->bij", g, e) / len(e) / state.std.double()[:, None, :]
+    g = _likelihood_gradient(generative, x, state.mean + state.std * noise).double()
+    e, std = noise[:, 0].double(), state.std.double()
+    curvature = -torch.einsum("sbi,sj->bij", g, e) / len(e) / std[:, None, :]
+    finite = torch.isfinite(curvature).flatten(1).all(-1)
     curvature = 0.5 * (curvature + curvature.mT)
+    # The prior's part of gradient and curvature is known: -m and I.
+    curvature = curvature + torch.eye(curvature.shape[-1], dtype=g.dtype, device=g.device)
+    ascent = g.mean(0) - state.mean.double()
     precision = torch.lerp(state.precision, curvature, options.forget)
     precision = torch.where(finite[:, None, None], precision, state.precision)
-    # Absolute eigenvalues turn saddles into ascent; the floor keeps noise from long steps.
-    values, vectors = torch.linalg.eigh(precision)
-    values = values.abs().clamp_min(SMALLEST_PRECISION)
-    move = options.rate * (vectors.mT @ g.mean(0)[..., None])[..., 0] / values.sqrt()
-    move = move * (LARGEST_MOVE / move.norm(dim=-1, keepdim=True).clamp_min(LARGEST_MOVE))
-    mean = state.mean + (vectors @ (move / values.sqrt())[..., None])[..., 0].to(state.mean)
-    target = (vectors**2 @ values[..., None])[..., 0].rsqrt().to(state.std)
-    ratio = (target / state.std).log().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    std = torch.where(finite[:, None], state.std * ratio.exp(), state.std)
+    move = options.rate * _whitened_step(precision, ascent).to(state.mean)
+    mean = torch.where(finite[:, None], state.mean + move, state.mean)
+    diagonal = precision.diagonal(dim1=-2, dim2=-1).clamp_min(SMALLEST_DIAGONAL)
+    ratio = (diagonal.rsqrt().to(state.std) / state.std).log()
+    std = state.std * ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    std = torch.where(finite[:, None], std, state.std)
     return SearchState(mean, std, precision), finite
 
 
-def _log_joint_gradient(generative: Generative, x: Tensor, z: Tensor) -> Tensor:
-    """grad_z log p(x, z), [S, B, D]; also inside `torch.no_grad` and `torch.inference_mode`."""
+def _whitened_step(precision: Tensor, gradient: Tensor) -> Tensor:
+    """precision^-1 gradient, [B, D], safe where the precision is not positive definite.
+
+    Absolute eigenvalues turn saddles into ascent, a floor keeps noise from making long steps, and
+    the step is no longer than LARGEST_MOVE in units of the standard deviations.
+    """
+    values, vectors = torch.linalg.eigh(precision)
+    root = values.abs().clamp_min(SMALLEST_PRECISION).sqrt()
+    move = (vectors.mT @ gradient[..., None])[..., 0] / root
+    move = move * (LARGEST_MOVE / move.norm(dim=-1, keepdim=True).clamp_min(LARGEST_MOVE))
+    return (vectors @ (move / root)[..., None])[..., 0]
+
+
+def _likelihood_gradient(generative: Generative, x: Tensor, z: Tensor) -> Tensor:
+    """grad_z log p(x | z), [S, B, D]; also inside `torch.no_grad` and `torch.inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         # Copies, since tensors made under inference mode cannot take part in a gradient.
         z = z.clone().requires_grad_()
-        return torch.autograd.grad(generative.log_joint(x.clone(), z).sum(), z)[0]
+        return torch.autograd.grad(generative.log_likelihood(x.clone(), z).sum(), z)[0]
 
 
 class BestSoFar:

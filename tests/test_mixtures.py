@@ -341,6 +341,12 @@ def test_a_component_that_did_not_help_is_dropped() -> None:
     best = {name: value.clone() for name, value in model.state_dict().items()}
     model.start_epoch(starts[1], 10, best)
     assert (model.stage, model.encoder.active, model.fitting) == (2, 1, True)
+    features = model.encoder.trunk(pixels())  # the new component starts as a copy
+    for m in (1, 2):
+        same = torch.equal(model.encoder.component(features, m).mean, model(pixels()).mean)
+        assert same is (m == 1)
+    weights = model.encoder.weight_head(features)
+    assert torch.equal(weights[:, 1], weights[:, 0])
     model.start_epoch(starts[2], 10, best)
     assert (model.stage, model.encoder.active, model.fitting) == (2, 2, False)
     with torch.no_grad():
