@@ -24,6 +24,7 @@ COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
 MOST_STEPS = 1000  # of an encoder's refinement; far above any use, against typing errors
 REFITS = ("all", "weights")
+METHODS = ("vae", "gpvae", "svi", "savae", "iaf", "hf", "me", "rme", "vlae")
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,19 @@ class ModelConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
+    @property
+    def method(self) -> str:
+        """The encoder with its number of steps or components, such as `iaf4`."""
+        counts = {
+            "hf": self.flow.steps,
+            "iaf": self.flow.steps,
+            "me": self.mixture.components,
+            "rme": self.mixture.components,
+            "savae": self.savae.steps,
+            "vlae": self.vlae.steps,
+        }
+        return f"{self.encoder}{counts.get(self.encoder, '')}"
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -260,7 +274,7 @@ class RunConfig:
         model = self.model
         return (
             f"{self.data.name}-{model.output}-d{model.latent_dim}-n{size}"
-            f"-{model.encoder}-s{self.seed}"
+            f"-{model.method}-s{self.seed}"
         )
 
     def override(self, **values: Any) -> RunConfig:
@@ -476,7 +490,14 @@ PRESETS = _paper_presets()
 
 
 def _profiles() -> dict[str, Profile]:
-    digits = RunConfig().override(**{"training.learning_rate": 1e-3})  # few steps an epoch
+    # Few steps an epoch, hence the step size; both values by the VAE's validation bound.
+    digits = RunConfig().override(
+        **{
+            "model.activation": "elu",
+            "training.learning_rate": 2e-3,
+            "training.epochs": 800,
+        }
+    )
     smoke = digits.override(
         **{
             "data.train_size": 256,
@@ -499,6 +520,7 @@ def _profiles() -> dict[str, Profile]:
             workers=1,
         ),
         "digits": Profile("digits", digits, train_sizes=(100, 200, 400, 800, None)),
+        "rivals": Profile("rivals", digits, encoders=METHODS, seeds=(0, 1, 2)),
         "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
     }
 

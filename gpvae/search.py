@@ -32,12 +32,13 @@ from gpvae.noise import orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.vae import Generative
 
-MOST_SAMPLES = 50  # of a step, unless asked for
+FEWEST_SAMPLES, MOST_SAMPLES = 16, 50  # of a step, unless asked for
 MEASURE_SAMPLES = 100  # for the bound that decides what is kept and when to stop
 SMALLEST_PRECISION = 1.0  # of the prior; what a Newton step assumes along flat directions
 SMALLEST_DIAGONAL = 0.25  # of P: no standard deviation above twice the prior's
 LARGEST_MOVE = 4.0  # of a full Newton step, in posterior standard deviations
 LARGEST_LOG_RATIO = 0.2  # of a standard deviation, in one step
+FALLEN = 10  # tolerances below the best so far: more than noise
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SearchOptions:
 
     Args:
         samples: posterior samples per image and step; None is 2 D, which gives the curvature in
-            every direction at every step, but at most MOST_SAMPLES.
+            every direction at every step, but at least 16 and at most 50.
         rate: fraction of the Newton step taken.
         forget: weight of the newest curvature in its running average.
         max_steps: bound on the steps; images still rising then are reported as not converged.
@@ -77,7 +78,7 @@ class SearchOptions:
 
     def step_samples(self, latent_dim: int) -> int:
         """Samples of one step for D latent dimensions."""
-        return self.samples or min(2 * latent_dim, MOST_SAMPLES)
+        return self.samples or min(max(2 * latent_dim, FEWEST_SAMPLES), MOST_SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def search(
             f"the starting posteriors of {int((~fine).sum())} of {len(x)} images are not finite, "
             "or have a standard deviation of 0."
         )
+    q = DiagonalGaussian(q.mean.detach(), q.std.detach())
     samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
     index = torch.arange(len(x), device=x.device).split(images_at_once(generative, x, samples))
     parts = [_search_block(generative, x[i], q[i], options) for i in index]
@@ -145,7 +147,9 @@ def _search_block(
         count = min(options.check_every, options.max_steps - int(steps.max()))
         state, average, finite = advance(generative, x[active], state, options, count, generator)
         gain = best.update(active, average)
-        quiet[active] = torch.where(gain < options.tolerance, quiet[active] + 1, 0)
+        # Well below the best so far is not quiet: the search may be crossing a valley.
+        still = (gain < options.tolerance) & (gain > -FALLEN * options.tolerance)
+        quiet[active] = torch.where(still, quiet[active] + 1, 0)
         # An image whose gradient is not finite cannot move: it ends with what it has.
         quiet[active[~finite]] = -1
         steps[active] += count
@@ -236,10 +240,10 @@ class BestSoFar:
         self.elbo = self._measure(x, q)
 
     def update(self, index: Tensor, q: DiagonalGaussian) -> Tensor:
-        """Gain in nats, 0 or more, of q over the best so far of the images `index`."""
+        """Keep what is better for the images `index`; what it gains, or loses, in nats."""
         elbo = self._measure(self.x[index], q)
-        better = elbo > self.elbo[index]  # False where the new bound is not a number
-        gain = torch.where(better, elbo - self.elbo[index], 0)
+        gain = elbo - self.elbo[index]
+        better = gain > 0
         where = index[better]
         self.mean[where], self.std[where] = q.mean[better], q.std[better]
         self.elbo[where] = elbo[better]
@@ -247,4 +251,5 @@ class BestSoFar:
 
     @torch.no_grad()
     def _measure(self, x: Tensor, q: DiagonalGaussian) -> Tensor:
-        return gaussian_elbo(self.generative, x, q, self.noise).double().mean(0)
+        elbo = gaussian_elbo(self.generative, x, q, self.noise).double().mean(0)
+        return elbo.nan_to_num(nan=-math.inf)  # any number is better than none
