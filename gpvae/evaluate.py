@@ -154,6 +154,9 @@ def blocks(
     Each block has a generator of its own, seeded by (seed, block), so that the first images get
     the same numbers however many follow.
     """
+    if not bool(torch.isfinite(x).all()):
+        count = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise DataError(f"{count} of {len(x)} images have NaN or infinite pixels; leave them out.")
     model.generative.output.check(x)
     if isinstance(proposal, Posterior) and len(proposal.mean) != len(x):
         raise DataError(f"{len(proposal.mean)} proposals were given for {len(x)} images.")

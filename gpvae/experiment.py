@@ -90,6 +90,7 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     with cpu_threads(config.training.threads):
         estimates, arrays = evaluate(model.model, evaluation_images(data, "test", config), config)
     seconds["evaluate"] = round(time.monotonic() - start, 3) - seconds["train"]
+    arrays["valid_index"] = data.valid_index
     row = _row(config, data, model, estimates, seconds)
     results.append(row, arrays)
     events.record(profile, "row", config.name, status, reason, time.monotonic() - start)

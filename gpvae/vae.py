@@ -105,12 +105,18 @@ class VAE(nn.Module):
         """q(z | x) for images [B, C, H, W].
 
         Raises:
-            DataError: images of another shape than the model was built for.
+            DataError: images of another shape or type than the model was built for.
         """
         if x.ndim != 4 or tuple(x.shape[1:]) != self.generative.shape:
             raise DataError(
                 f"images have shape {tuple(x.shape)}; this model was built for "
                 f"[B, {', '.join(map(str, self.generative.shape))}]."
+            )
+        expected = next(self.parameters()).dtype
+        if x.dtype != expected:
+            raise DataError(
+                f"images are {x.dtype}; this model computes in {expected}. Give pixels in [0, 1], "
+                "as from Images.unit(), or convert with x.to(dtype)."
             )
         return self.encoder(x, self.generative)
 

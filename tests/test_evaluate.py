@@ -146,6 +146,12 @@ def test_bad_input_is_refused():
         log_likelihood(model, torch.rand(3, 1, 4, 4))
     with pytest.raises(DataError, match=r"\[B, 1, 4, 4\]"):
         elbo(model, x[:, :, :3])
+    with pytest.raises(DataError, match=r"uint8.*float32"):
+        elbo(model, x.byte())
+    broken = x.clone()
+    broken[1, 0, 2, 2] = math.nan
+    with pytest.raises(DataError, match="1 of 3 images have NaN"):
+        elbo(model, broken)
     with pytest.raises(ConfigError, match="at least 1"):
         elbo(model, x, 0)
     with pytest.raises(ConfigError, match="'exact'"):

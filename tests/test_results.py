@@ -12,6 +12,7 @@ import torch
 
 import gpvae
 from gpvae import events, experiment, results
+from gpvae.data import digest
 from gpvae.errors import DataError, TrainingError
 from gpvae.experiment import run, run_all
 from gpvae.results import Results, append_json_line, read_json_lines
@@ -47,6 +48,8 @@ def test_row_holds_everything_that_made_it(project_root, config, lines):
     arrays = Results("t").arrays(row)
     assert arrays["log_likelihood"].shape == (12,)
     assert arrays["log_likelihood"].mean() == pytest.approx(row["log_likelihood"]["mean"])
+    assert len(arrays["valid_index"]) == row["split"]["valid"] == 20
+    assert digest(arrays["valid_index"]) == row["split"]["valid_indices"]
     spread = arrays["log_likelihood"].std(ddof=1) / 12**0.5
     assert row["log_likelihood"]["stderr"] == pytest.approx(spread, rel=1e-5)
     assert json.loads(Results("t").path.read_text()) == row

@@ -155,6 +155,8 @@ class Dataset:
         train, valid, test: disjoint image sets.
         split: how the sets were cut: seed, sizes and a digest of the validation indices.
         hash: digest of all pixels in order; a result row stores it.
+        valid_index: places of the validation images among the distributor's training images (or
+            its validation images, where it has some); stored beside each result row.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Dataset:
     test: Images | Streamed
     split: dict[str, int | str]
     hash: str
+    valid_index: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -239,7 +242,13 @@ def split(
     held = {key: _hold(rows, raw, stream_above) for key, rows in parts.items()}
     images = {key: part for key, (part, _) in held.items()}
     pieces = [array for _, arrays in held.values() for array in arrays]
-    return Dataset(name, **images, split=info, hash=digest(*pieces))
+    return Dataset(
+        name,
+        **images,
+        split=info,
+        hash=digest(*pieces),
+        valid_index=valid_index.astype(np.int64),
+    )
 
 
 def _cut_order(total: int, n_valid: int, n_test: int, seed: int, block: bool) -> np.ndarray:
