@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -75,7 +76,7 @@ def paired(results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str) 
 def benchmark_table(
     profile: Profile, results: Results, rows: Sequence[Row], baseline: str = "vae"
 ) -> pd.DataFrame:
-    """One line per output distribution and method: bounds, paired differences, gaps, cost.
+    """One line per output distribution and method: bounds, paired differences, gaps.
 
     Likelihoods are in nats per test image, as mean [95% interval over seeds]; differences are
     paired by seed and image.
@@ -102,9 +103,6 @@ def benchmark_table(
                     )
             line["amortization gap"] = format_interval(
                 mean_interval([r["elbo_optimised"]["mean"] - r["elbo"]["mean"] for r in own])
-            )
-            line["training s"] = format_interval(
-                mean_interval([r["seconds"]["train"] for r in own])
             )
             lines.append(line)
     return pd.DataFrame(lines)
@@ -141,3 +139,12 @@ def save_table(table: pd.DataFrame, name: str, profile: str) -> pd.DataFrame:
     (folder / f"{name}.md").write_text(to_markdown(table), "utf-8")
     events.record(profile, "table", name, "made")
     return table
+
+
+def save_rows(rows: Sequence[Row], profile: str) -> None:
+    """Write the rows behind the tables to `figures/<profile>/rows.jsonl`, sorted by name."""
+    folder = paths.figures(profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in sorted(rows, key=lambda row: row["name"])]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    events.record(profile, "table", "rows", "made")

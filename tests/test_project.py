@@ -68,6 +68,17 @@ def test_readme_links_exist():
             assert (ROOT / target).exists(), target
 
 
+def test_every_number_in_the_results_stands_in_a_committed_table():
+    section = README.split("## Results on digits")[1].split("\n## ")[0]
+    quoted = re.findall(r"[+−-]?\d+\.\d+ \[[^\]]+\]", section)
+    tables = "".join(
+        path.read_text("utf-8") for path in sorted((ROOT / "figures/digits").glob("*.md"))
+    )
+    assert len(quoted) >= 4
+    for text in quoted:
+        assert text in tables, text
+
+
 def test_readme_names_every_command_that_exists():
     for name in re.findall(r"`gpvae (\w+)", README):
         done = subprocess.run(
