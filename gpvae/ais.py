@@ -138,7 +138,7 @@ def annealed_log_likelihood(
     model.generative.output.check(x)
     if base is not None and len(base.mean) != len(x):
         raise DataError(f"{len(base.mean)} base posteriors were given for {len(x)} images.")
-    log_w, accepted = _in_blocks(model.generative, x, base, options, None)
+    log_w, accepted = log_weights(model.generative, x, base, options, None)
     return Annealed(_mean_weight(log_w), accepted)
 
 
@@ -157,8 +157,8 @@ def sandwich(model: VAE, count: int, options: AISOptions | None = None) -> Sandw
     with torch.no_grad():
         raw = generative.decode(z)
         x = sample_pixels(generative.output, raw, generator).unflatten(-1, generative.shape)
-    up, _ = _in_blocks(generative, x, None, options, None)
-    down, _ = _in_blocks(generative, x, None, options, z)
+    up, _ = log_weights(generative, x, None, options, None)
+    down, _ = log_weights(generative, x, None, options, z)
     inverse = _mean_weight(down)
     upper = Estimate(-inverse.value, inverse.stderr, inverse.samples)
     return Sandwich(x, _mean_weight(up), upper)
@@ -194,7 +194,7 @@ def _mean_weight(log_w: Tensor) -> Estimate:
     return Estimate(value, relative.sqrt(), chains)
 
 
-def _in_blocks(
+def log_weights(
     generative: Generative,
     x: Tensor,
     base: Posterior | None,

@@ -249,7 +249,7 @@ class EvaluationConfig:
     """Test-time estimates: S importance samples, and whether to optimise each posterior."""
 
     samples: int = 500
-    elbo_samples: int = 500
+    elbo_samples: int = 1000
     gaps: bool = True
     seed: int = 1
 
@@ -519,7 +519,7 @@ def _profiles() -> dict[str, Profile]:
             notebook_scale=0.05,
             workers=1,
         ),
-        "digits": Profile("digits", digits, train_sizes=(100, 200, 400, 800, None)),
+        "digits": Profile("digits", digits, train_sizes=(100, 250, 600, None)),
         "rivals": Profile("rivals", digits, encoders=METHODS, seeds=(0, 1, 2)),
         "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
     }

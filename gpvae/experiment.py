@@ -132,7 +132,8 @@ def evaluate(
     arrays = {name: score for name, score in posterior.scores().items()}
     arrays["q_var"] = (posterior.std**2).mean(-1)
     if e.gaps:
-        best = optimise_posterior(model, x, options=SearchOptions(seed=e.seed))
+        options = SearchOptions(seed=e.seed)
+        best = optimise_posterior(model, x, options=options, elbo_samples=e.elbo_samples)
         estimates["elbo_optimised"] = best.elbo
         estimates["log_likelihood_neutral"] = log_likelihood(
             model, x, e.samples, proposal=widened(best.posterior), seed=e.seed

@@ -82,8 +82,9 @@ class Gaps:
 class Pooled(Posterior):
     """Equal mixture of two posteriors, from each of which exactly half of the samples come.
 
-    log q = log(q_a + q_b) - log 2. With stratified halves the weights p / q stay unbiased for
-    p(x), and their variance is no larger than for independent draws from the mixture.
+    log q = log(q_a + q_b) - log 2. With stratified halves the mean of the weights p / q stays
+    unbiased for p(x), and its variance is no larger than for independent draws from the mixture,
+    so that a standard error that assumes those is on the safe side.
 
     Args:
         a, b: posteriors of the same images.
