@@ -207,14 +207,14 @@ def log_weights(
     for index in torch.arange(len(x), device=x.device).split(
         images_at_once(generative, x, options.chains)
     ):
-        path = _Path(generative, x[index], q[index], options)
+        path = AnnealingPath(generative, x[index], q[index], options)
         steps = path.pilot()
         parts.append(path.forward(steps) if exact is None else path.reverse(steps, exact[index]))
     weights, accepted = zip(*parts, strict=True)
     return torch.cat(weights, 1), torch.cat(accepted)
 
 
-class _Path:
+class AnnealingPath:
     """The annealing path of a block of images."""
 
     def __init__(
@@ -230,7 +230,7 @@ class _Path:
         z = self._start(min(PILOT_CHAINS, self.options.chains), PILOT)
         steps = []
         for t, beta in enumerate(self.betas[1:], 1):
-            z, rate = self._transition(z, beta, step, PILOT, t)
+            z, rate = self.transition(z, beta, step, PILOT, t)
             step = step * torch.exp(0.2 * (rate.mean(0) - self.options.acceptance))
             steps.append(step)
         return torch.stack(steps)
@@ -254,7 +254,7 @@ class _Path:
             change = self.betas[t] - self.betas[t - 1]
             if kind == FORWARD:
                 log_w = log_w + change * self._ratio(z)
-            z, rate = self._transition(z, self.betas[t], steps[t - 1], kind, t)
+            z, rate = self.transition(z, self.betas[t], steps[t - 1], kind, t)
             accepted = accepted + rate.mean(0) / len(steps)
             if kind == REVERSE:
                 log_w = log_w - change * self._ratio(z)
@@ -282,7 +282,7 @@ class _Path:
             gradient = torch.autograd.grad(log_f.sum(), z)[0]
         return -log_f.detach(), -gradient
 
-    def _transition(
+    def transition(
         self, z: Tensor, beta: float, step: Tensor, kind: int, t: int
     ) -> tuple[Tensor, Tensor]:
         """One HMC step that leaves f invariant: new z, and acceptance probabilities [M, B].

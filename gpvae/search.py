@@ -198,7 +198,7 @@ def newton_step(
     ascent = g.mean(0) - state.mean.double()
     precision = torch.lerp(state.precision, curvature, options.forget)
     precision = torch.where(finite[:, None, None], precision, state.precision)
-    move = options.rate * _whitened_step(precision, ascent).to(state.mean)
+    move = options.rate * whitened_step(precision, ascent).to(state.mean)
     mean = torch.where(finite[:, None], state.mean + move, state.mean)
     diagonal = precision.diagonal(dim1=-2, dim2=-1).clamp_min(SMALLEST_DIAGONAL)
     ratio = (diagonal.rsqrt().to(state.std) / state.std).log()
@@ -207,7 +207,7 @@ def newton_step(
     return SearchState(mean, std, precision), finite
 
 
-def _whitened_step(precision: Tensor, gradient: Tensor) -> Tensor:
+def whitened_step(precision: Tensor, gradient: Tensor) -> Tensor:
     """precision^-1 gradient, [B, D], safe where the precision is not positive definite.
 
     Absolute eigenvalues turn saddles into ascent, a floor keeps noise from making long steps, and

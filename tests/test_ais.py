@@ -11,6 +11,7 @@ from torch import nn
 import gpvae
 from gpvae.ais import (
     AISOptions,
+    AnnealingPath,
     annealed_log_likelihood,
     log_weights,
     sample_pixels,
@@ -22,6 +23,7 @@ from gpvae.errors import ConfigError, DataError
 from gpvae.noise import image_noise
 from gpvae.outputs import Bernoulli, DiscretisedLogistic, Gaussian, PixelGaussian
 from gpvae.posteriors import DiagonalGaussian
+from gpvae.svi import prior
 
 
 def generator(seed=0):
@@ -68,6 +70,24 @@ def test_weights_are_unbiased_whatever_the_annealing(linear_gaussian, temperatur
     images, options = (x + shift).flatten(0, 1), AISOptions(temperatures, 1, 3)
     backward, _ = log_weights(known.model.generative, images, None, options, exact.flatten(0, 1))
     check_mean_is_one((backward.view(copies, 4) + known.log_prob(x)).exp())
+
+
+def test_transitions_leave_the_posterior_as_it_is(linear_gaussian):
+    known = linear_gaussian(gpvae.VAE, orthogonal=False, std=1.0)
+    x, chains = known.x[:2], 20_000
+    mean, covariance = known.posterior(x)
+    factor = torch.linalg.cholesky(covariance)
+    noise = torch.randn(chains, 2, 2, dtype=torch.float64, generator=generator())
+    path = AnnealingPath(known.model.generative, x, prior(x, 2), AISOptions(5, chains, 3))
+    z, start = mean + noise @ factor.mT, noise
+    for t in range(1, 6):  # long steps, so that refusals matter
+        z, rate = path.transition(z, 1.0, torch.tensor([0.7, 0.7]).double(), 1, t)
+    assert 0.5 < rate.mean() < 0.9
+    white = torch.linalg.solve_triangular(factor, (z - mean).mT, upper=False).mT
+    assert (white.mean(0) * math.sqrt(chains)).abs().max() < 4.5
+    second = torch.einsum("sbi,sbj->bij", white, white) / chains - torch.eye(2)
+    assert (second * math.sqrt(chains / 2)).abs().max() < 4.5
+    assert (white * start).mean().abs() < 0.2  # they have moved
 
 
 def test_bounds_enclose_the_truth(linear_gaussian):

@@ -13,7 +13,7 @@ from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError, DataError
 from gpvae.noise import image_keys, image_noise, orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian
-from gpvae.search import SearchOptions
+from gpvae.search import LARGEST_MOVE, SearchOptions, whitened_step
 from gpvae.svi import SVI, certify, measured, optimise_posterior, prior, widened
 
 SHAPE = (1, 4, 4)
@@ -131,6 +131,7 @@ def test_an_image_that_cannot_be_used_keeps_its_start_and_disturbs_no_other():
     start = prior(x, 3)
     found = optimise_posterior(model, broken, start)
     assert not found.converged[2]
+    assert found.steps[2] == SearchOptions().check_every  # it did not go on in vain
     assert torch.equal(found.posterior.mean[2], start.mean[2])
     assert torch.equal(found.posterior.std[2], start.std[2])
     others = [0, 1, 3, 4]
@@ -164,12 +165,43 @@ class FirstImageAtThePoorMode(nn.Module):
         return DiagonalGaussian(mean, torch.full_like(mean, 0.1))
 
 
-def test_certificate_reports_the_image_whose_two_searches_disagree():
+def two_modes():
+    """A model whose encoder puts the first of several images at the low mode."""
     model = gpvae.VAE(SHAPE, ModelConfig(latent_dim=1, hidden=(4,))).double().eval()
     model.generative.decoder = TwoModes()
     model.generative.output.log_std.data.fill_(math.log(0.4))
     model.encoder = FirstImageAtThePoorMode()
-    x = torch.ones(4, *SHAPE, dtype=torch.float64)
+    return model, torch.ones(4, *SHAPE, dtype=torch.float64)
+
+
+def test_a_search_that_falls_below_its_start_is_not_taken_for_converged():
+    """With two samples a step the first steps from the prior lose hundreds of nats."""
+    model, x = two_modes()
+    found = optimise_posterior(model, x, prior(x, 1), SearchOptions(samples=2))
+    assert found.converged.all()
+    assert (found.elbo.value > -4).all()  # the start has -37
+
+
+def test_an_unused_latent_keeps_its_prior():
+    model, x = make(), images(3)
+    for parameter in model.generative.decoder.parameters():
+        parameter.data.zero_()
+    start = DiagonalGaussian(torch.ones(3, 3).double(), torch.full((3, 3), 0.3).double())
+    q = optimise_posterior(model, x, start, SearchOptions(tolerance=1e-5)).posterior
+    torch.testing.assert_close(q.mean, torch.zeros(3, 3).double(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(q.std, torch.ones(3, 3).double(), rtol=0, atol=1e-2)
+
+
+def test_newton_step_climbs_along_negative_curvature_and_is_bounded():
+    precision = torch.diag_embed(torch.tensor([[-4.0, 9.0, 0.0], [4.0, 4.0, 4.0]]).double())
+    gradient = torch.tensor([[2.0, 3.0, 1.0], [300.0, 0.0, 400.0]]).double()
+    step = whitened_step(precision, gradient)
+    torch.testing.assert_close(step[0], torch.tensor([0.5, 1 / 3, 1.0]).double())
+    assert (2 * step[1]).norm() == pytest.approx(LARGEST_MOVE)  # in standard deviations of 1/2
+
+
+def test_certificate_reports_the_image_whose_two_searches_disagree():
+    model, x = two_modes()
     found = certify(model, x)
     assert found.disputed == [0]
     assert found.difference[0] < -1  # the prior's search wins
