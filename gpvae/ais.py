@@ -294,13 +294,19 @@ class AnnealingPath:
         # A length that varies from step to step keeps orbits from closing on themselves.
         jitter = 0.8 + 0.4 * ((t * 0.6180339887) % 1)
         size = jitter * step[:, None] * self.base.std
-        start, (energy, gradient) = z, self._energy(z, beta)
+        end, _, change = self.leapfrog(z, momentum, beta, size)
+        rate = (-change).clamp_max(0).exp().nan_to_num(0)  # a diverged proposal is refused
+        return torch.where((uniform < rate)[..., None], end, z), rate
+
+    def leapfrog(
+        self, z: Tensor, momentum: Tensor, beta: float, size: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Position and momentum [M, B, D] after all leapfrog steps, and the energy error [M, B]."""
+        energy, gradient = self._energy(z, beta)
         before = energy + 0.5 * momentum.square().sum(-1)
         for _ in range(self.options.leapfrog):
             momentum = momentum - 0.5 * size * gradient
             z = z + size * momentum
             energy, gradient = self._energy(z, beta)
             momentum = momentum - 0.5 * size * gradient
-        change = before - energy - 0.5 * momentum.square().sum(-1)
-        rate = change.clamp_max(0).exp().nan_to_num(0)  # a diverged proposal is refused
-        return torch.where((uniform < rate)[..., None], z, start), rate
+        return z, momentum, energy + 0.5 * momentum.square().sum(-1) - before

@@ -495,7 +495,7 @@ def _profiles() -> dict[str, Profile]:
         **{
             "model.activation": "elu",
             "training.learning_rate": 2e-3,
-            "training.epochs": 800,
+            "training.patience": 80,
         }
     )
     smoke = digits.override(

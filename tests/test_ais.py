@@ -72,6 +72,22 @@ def test_weights_are_unbiased_whatever_the_annealing(linear_gaussian, temperatur
     check_mean_is_one((backward.view(copies, 4) + known.log_prob(x)).exp())
 
 
+def test_leapfrog_can_be_walked_back_and_nearly_keeps_the_energy(linear_gaussian):
+    known = linear_gaussian(gpvae.VAE, orthogonal=False)
+    x = known.x[:3]
+    path = AnnealingPath(known.model.generative, x, prior(x, 2), AISOptions(5, 4, 6))
+    z, momentum = torch.randn(2, 4, 3, 2, dtype=torch.float64, generator=generator())
+    errors = []
+    for size in (0.02, 0.01):
+        there, flipped, error = path.leapfrog(z, momentum, 0.7, torch.full((3, 2), size).double())
+        back, again, other = path.leapfrog(there, -flipped, 0.7, torch.full((3, 2), size).double())
+        torch.testing.assert_close(back, z)
+        torch.testing.assert_close(again, -momentum)
+        torch.testing.assert_close(other, -error)
+        errors.append(error.abs().max())
+    assert errors[1] < errors[0] / 3.5  # second order
+
+
 def test_transitions_leave_the_posterior_as_it_is(linear_gaussian):
     known = linear_gaussian(gpvae.VAE, orthogonal=False, std=1.0)
     x, chains = known.x[:2], 20_000
@@ -81,7 +97,7 @@ def test_transitions_leave_the_posterior_as_it_is(linear_gaussian):
     path = AnnealingPath(known.model.generative, x, prior(x, 2), AISOptions(5, chains, 3))
     z, start = mean + noise @ factor.mT, noise
     for t in range(1, 6):  # long steps, so that refusals matter
-        z, rate = path.transition(z, 1.0, torch.tensor([0.7, 0.7]).double(), 1, t)
+        z, rate = path.transition(z, 1.0, torch.full((2,), 0.55).double(), 1, t)
     assert 0.5 < rate.mean() < 0.9
     white = torch.linalg.solve_triangular(factor, (z - mean).mT, upper=False).mT
     assert (white.mean(0) * math.sqrt(chains)).abs().max() < 4.5
