@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GPVAEError as error:
         return _complain(error, exit_code(error))
     except KeyboardInterrupt:
+        # The abandoned cell's task would be reported with its traceback at exit.
+        logging.getLogger("asyncio").disabled = True
         print("gpvae: interrupted; finished results are kept and will be reused", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
