@@ -12,6 +12,10 @@ Where each idea of the paper lives:
 | log p(x) by importance weighting             | `log_likelihood`            | 03, 04   |
 | uncertainty scores and measured gaps         | `Posterior.scores`, `svi`   | 03       |
 | benchmark rows and tables                    | `experiment`, `results`     | 04       |
+| rivals: refinement, Laplace                  | `SAVAE`, `SVI`, `VLAE`      | 05       |
+| rivals: flows                                | `IAFVAE`, `HouseholderVAE`  | 05       |
+| rivals: mixtures                             | `MixtureVAE`, `RecursiveMixtureVAE` | 05 |
+| gaps, AIS, selective refinement              | `gaps`, `ais`, `refine`     | -        |
 """
 
 from gpvae.config import (
@@ -30,13 +34,21 @@ _LAZY = {
     "DiagonalGaussian": "posteriors",
     "Estimate": "evaluate",
     "GPVAE": "gp",
+    "HouseholderVAE": "householder",
+    "IAFVAE": "iaf",
     "Images": "data",
+    "MixtureVAE": "mixtures",
     "Posterior": "posteriors",
     "RandomFunctionPosterior": "posteriors",
+    "RecursiveMixtureVAE": "mixtures",
+    "SAVAE": "savae",
+    "SVI": "svi",
     "VAE": "vae",
+    "VLAE": "vlae",
     "binarise": "data",
     "build_model": "training",
     "dawsn": "special",
+    "decompose": "gaps",
     "elbo": "evaluate",
     "expected_log_square": "special",
     "from_images": "data",

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 
 import pytest
 from packaging.requirements import Requirement
@@ -66,6 +67,19 @@ def test_readme_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_readme_example_runs_and_names_exist():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    scope: dict[str, object] = {}
+    exec(code.replace('"training.epochs": 100', '"training.epochs": 2'), scope)
+    assert scope["posterior"].scores()["relative_f_var"].shape == (len(scope["x"]),)
+    for name in re.findall(r"`gpvae\.([\w.]+?)(?:\(|`)", README):
+        target: object = gpvae
+        for part in name.split("."):
+            if not hasattr(target, part):
+                import_module(f"{target.__name__}.{part}")
+            target = getattr(target, part)
 
 
 def test_every_number_in_the_results_stands_in_a_committed_table():
