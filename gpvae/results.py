@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from gpvae import paths
 from gpvae.config import RunConfig, differences
@@ -136,10 +135,6 @@ class Results:
         """Per-image arrays of a row, by name."""
         with np.load(self.arrays_path(row), allow_pickle=False) as file:
             return dict(file)
-
-    def frame(self) -> pd.DataFrame:
-        """Rows as a flat table: one line for each run, `config.model.encoder` and so on."""
-        return pd.json_normalize(self.rows())
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from small_models import images, make
 
 import gpvae
-from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError, DataError
 from gpvae.evaluate import log_likelihood
 from gpvae.gaps import Pooled, decompose
@@ -16,24 +16,6 @@ from gpvae.posteriors import DiagonalGaussian
 from gpvae.refine import Study, selective_refinement, study
 from gpvae.svi import SVI, certify, gaussians, measured
 from gpvae.vlae import VLAE
-
-SHAPE = (1, 4, 4)
-
-
-def make(kind=gpvae.VAE, **options):
-    config = ModelConfig(latent_dim=3, hidden=(16,), activation="tanh", **options)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = kind(SHAPE, config).double().eval()
-    with torch.no_grad():
-        for parameter in model.generative.decoder.parameters():
-            parameter.mul_(2)
-    return model
-
-
-def images(count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64).round()
 
 
 def closed_form_gaps(known):

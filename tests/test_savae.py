@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
+import small_models
 import torch
+from small_models import assert_gradients, loss
 
 import gpvae
 from gpvae.config import ModelConfig, SAVAEConfig
@@ -16,6 +19,7 @@ from gpvae.svi import measured
 from gpvae.training import build_model, train
 
 SHAPE = (1, 2, 3)
+images = partial(small_models.images, shape=SHAPE)
 
 
 def make(kind=SAVAE, output="gaussian", **options):
@@ -35,15 +39,6 @@ def make(kind=SAVAE, output="gaussian", **options):
         for parameter in model.generative.decoder.parameters():
             parameter.mul_(2)
     return model
-
-
-def images(count=6, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64).round()
-
-
-def loss(model, x, seed=3):
-    return sum(model.loss_terms(x, len(x), torch.Generator().manual_seed(seed)).values())
 
 
 # Identities
@@ -108,18 +103,7 @@ def test_gradient_is_that_of_the_whole_unrolled_objective(output, clip):
         q = make(output=output, steps=1, clip=0.0, learning_rate=1.0)(x)
         assert ((q.mean - make(gpvae.VAE, output)(x).mean).norm(dim=-1) > clip).any()
     loss(model, x).backward()
-    for name, parameter in model.named_parameters():
-        values = parameter.data.view(-1)
-        for i in range(0, len(values), max(1, len(values) // 4)):
-            step, start = 1e-5, values[i].item()
-            ends = []
-            for sign in (1, -1):
-                values[i] = start + sign * step
-                ends.append(loss(model, x).item())
-            values[i] = start
-            numeric = (ends[0] - ends[1]) / (2 * step)
-            analytic = parameter.grad.view(-1)[i].item()
-            assert analytic == pytest.approx(numeric, rel=1e-5, abs=1e-7), (name, i)
+    assert_gradients(model, x)
 
 
 def test_detach_keeps_the_value_and_changes_the_gradient():

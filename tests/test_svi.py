@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_models import SHAPE, images, make
 from torch import nn
 
 import gpvae
@@ -15,25 +16,6 @@ from gpvae.noise import image_keys, image_noise, orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.search import LARGEST_MOVE, SearchOptions, whitened_step
 from gpvae.svi import SVI, certify, measured, optimise_posterior, prior, widened
-
-SHAPE = (1, 4, 4)
-
-
-def make(kind=gpvae.VAE, output="gaussian", seed=0):
-    """A small float64 model with a decoder that is far from linear."""
-    config = ModelConfig(latent_dim=3, hidden=(16,), activation="tanh", output=output)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = kind(SHAPE, config).double().eval()
-    with torch.no_grad():
-        for parameter in model.generative.decoder.parameters():
-            parameter.mul_(2)
-    return model
-
-
-def images(count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64).round()
 
 
 def optimum(known):

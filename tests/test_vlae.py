@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_models import assert_gradients, images, loss
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -38,17 +39,8 @@ def make(kind=VLAE, activation="tanh", network="mlp", output="gaussian", **optio
         return kind(SHAPE, config).double()
 
 
-def images(count=6, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64).round()
-
-
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def loss(model, x, seed=3):
-    return sum(model.loss_terms(x, len(x), torch.Generator().manual_seed(seed)).values())
 
 
 def full(batch=4, dim=3):
@@ -213,17 +205,7 @@ def test_newton_gradient_is_that_of_the_log_joint():
 def test_gradient_passes_through_steps_jacobians_and_factor(output):
     model, x = make(output=output, steps=2), images()
     loss(model, x).backward()
-    for name, parameter in model.named_parameters():
-        values = parameter.data.view(-1)
-        for i in range(0, len(values), max(1, len(values) // 4)):
-            step, start, ends = 1e-5, values[i].item(), []
-            for sign in (1, -1):
-                values[i] = start + sign * step
-                ends.append(loss(model, x).item())
-            values[i] = start
-            numeric = (ends[0] - ends[1]) / (2 * step)
-            analytic = parameter.grad.view(-1)[i].item()
-            assert analytic == pytest.approx(numeric, rel=1e-5, abs=1e-7), (name, i)
+    assert_gradients(model, x)
 
 
 @pytest.mark.parametrize("output", ["gaussian", "bernoulli", "pixel-gaussian", "logistic"])
