@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 OUTPUTS = ("bernoulli", "gaussian", "logistic", "pixel-gaussian")
 NETWORKS = ("conv", "mlp")
-PRECISIONS = ("bfloat16", "float32")
+PRECISIONS = ("bfloat16", "float32", "tf32")
+SCHEDULES = ("constant", "cosine")
 COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
 MOST_STEPS = 1000  # of an encoder's refinement; far above any use, against typing errors
@@ -184,7 +185,9 @@ class ModelConfig:
         output: distribution of the pixels.
         levels: grey levels of the data, for the "logistic" output and for dequantisation.
         dequantise: add uniform noise of one grey level; for the "gaussian" output only.
-        precision: of the arithmetic inside the networks; densities are never below float32.
+        precision: of the arithmetic inside the networks: "float32" (the reference), "tf32" (its
+            matrix products rounded to 10 bits on GPUs that can) or "bfloat16"; densities are
+            never below float32.
         gp, flow, mixture, savae, vlae: options of single encoders.
     """
 
@@ -206,7 +209,13 @@ class ModelConfig:
 
     @property
     def method(self) -> str:
-        """The encoder with its number of steps or components, such as `iaf4`."""
+        """The encoder with its number of steps or components, such as `iaf4`; for GPVAE with the
+        options that differ from the defaults, such as `gpvae-features800`.
+        """
+        if self.encoder == "gpvae":
+            defaults = asdict(GPConfig())
+            changed = {k: v for k, v in asdict(self.gp).items() if v != defaults[k]}
+            return "-".join(["gpvae", *(f"{k}{v}" for k, v in changed.items())])
         counts = {
             "hf": self.flow.steps,
             "iaf": self.flow.steps,
@@ -228,6 +237,11 @@ class TrainingConfig:
         evaluate_every: epochs between two validation bounds (and checkpoints).
         valid_samples: posterior samples per image for the validation bound.
         clip_norm: largest gradient norm.
+        schedule: of the learning rate over the epochs: "constant", or "cosine" down to zero.
+        kl_warmup: epochs over which the factor of the KL rises from 0 to 1.
+        average: decay of a moving average of the weights, per step; it is what is validated and
+            kept. 0 keeps the weights themselves.
+        capture: replay the training step as a CUDA graph; the eager loop is the reference.
         device: "cpu", "cuda" or "auto" (cuda if there is one).
         threads: CPU threads of one run; one suits small networks, and whole runs side by side
             use the other cores.
@@ -240,6 +254,10 @@ class TrainingConfig:
     evaluate_every: int = 10
     valid_samples: int = 8
     clip_norm: float = 100.0
+    schedule: str = "constant"
+    kl_warmup: int = 0
+    average: float = 0.0
+    capture: bool = True
     device: str = "auto"
     threads: int = 1
 
@@ -374,6 +392,7 @@ def _check(config: RunConfig) -> None:
         ("activation", m.activation, ACTIVATIONS),
         ("network", m.network, NETWORKS),
         ("precision", m.precision, PRECISIONS),
+        ("schedule", t.schedule, SCHEDULES),
         ("covariance", gp.covariance, COVARIANCES),
     ):
         if value not in known:
@@ -406,6 +425,10 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("model.network is 'conv', but model.channels is empty.")
     if m.dequantise and m.output != "gaussian":
         raise ConfigError(f"model.dequantise goes with a gaussian output, not with {m.output}.")
+    if not 0 <= t.average < 1:
+        raise ConfigError(f"training.average is {t.average}; expected 0 <= it < 1.")
+    if t.kl_warmup < 0:
+        raise ConfigError(f"training.kl_warmup is {t.kl_warmup}; expected 0 epochs or more.")
     if gp.temperature < 0:
         raise ConfigError(f"model.gp.temperature is {gp.temperature}; expected 0 or more.")
 
@@ -420,6 +443,8 @@ class Profile:
         seeds: one run for each.
         outputs: output distributions of the benchmark table.
         train_sizes: sizes of the training-size curve; None is the base configuration's.
+        variations: further runs by name of the question that they answer: changes of the base
+            configuration, each run with every seed and the first output.
         notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
         workers: processes that share the runs; None for one on each core. Starting them takes
             longer than very short runs.
@@ -431,6 +456,7 @@ class Profile:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     outputs: tuple[str, ...] = ("gaussian", "bernoulli")
     train_sizes: tuple[int | None, ...] = (None,)
+    variations: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     notebook_scale: float = 1.0
     workers: int | None = None
 
@@ -450,6 +476,31 @@ class Profile:
             for encoder in self.encoders
             for seed in self.seeds
         ]
+
+    def variation(self, name: str) -> list[RunConfig]:
+        """The runs of one entry of `variations`, seeds innermost."""
+        first = {"model.output": self.outputs[0]}
+        return [
+            self.base.override(**first, **changes, seed=seed)
+            for changes in self.variations[name]
+            for seed in self.seeds
+        ]
+
+    def size_runs(self) -> list[RunConfig]:
+        """The runs of the training-size curve that are not runs of the table, for one output."""
+        sizes = tuple(n for n in self.train_sizes if n is not None)
+        curve = ("vae", "gpvae")
+        return [
+            config.override(**{"evaluation.gaps": False})
+            for config in self.runs(self.outputs[0], sizes)
+            if config.model.encoder in curve
+        ]
+
+    def jobs(self) -> list[RunConfig]:
+        """Every run of the profile, each once."""
+        jobs = [*self.runs(), *self.size_runs()]
+        jobs += [run for name in self.variations for run in self.variation(name)]
+        return list({job.name: job for job in reversed(jobs)}.values())[::-1]
 
 
 def _paper_presets() -> dict[str, RunConfig]:
@@ -489,6 +540,49 @@ def _paper_presets() -> dict[str, RunConfig]:
 PRESETS = _paper_presets()
 
 
+def _cpu_presets() -> dict[str, RunConfig]:
+    """Real images, small enough for every method and seed on two CPU cores in hours."""
+    common = {
+        "data.train_size": 10_000,
+        "data.valid_size": 1000,
+        "data.test_size": 500,
+        "model.latent_dim": 20,
+        "model.hidden": (200, 200),
+        "model.activation": "elu",
+        "model.vlae.steps": 1,
+        "training.epochs": 50,
+        "training.learning_rate": 1e-3,
+        "training.evaluate_every": 5,
+        "training.valid_samples": 4,
+        "evaluation.samples": 1000,
+        "evaluation.elbo_samples": 200,
+    }
+    names = {"mnist": "mnist", "omniglot": "omniglot-28x28-rederived"}
+    return {
+        key: RunConfig().override(**{"data.name": name}, **common) for key, name in names.items()
+    }
+
+
+CPU_PRESETS = _cpu_presets()
+
+
+def _step_counts() -> tuple[dict[str, Any], ...]:
+    """Every rival at each number of steps, flows or components of its paper's tables."""
+    keys = {
+        "savae": ("model.savae.steps", (1, 2, 4, 8)),
+        "iaf": ("model.flow.steps", (1, 2, 4, 8)),
+        "hf": ("model.flow.steps", (1, 2, 4, 8)),
+        "me": ("model.mixture.components", (2, 3, 4, 5)),
+        "rme": ("model.mixture.components", (2, 3, 4, 5)),
+        "vlae": ("model.vlae.steps", (1, 2, 4, 8)),
+    }
+    return tuple(
+        {"model.encoder": encoder, key: count}
+        for encoder, (key, counts) in keys.items()
+        for count in counts
+    )
+
+
 def _profiles() -> dict[str, Profile]:
     # Few steps an epoch, hence the step size; both values by the VAE's validation bound.
     digits = RunConfig().override(
@@ -520,7 +614,14 @@ def _profiles() -> dict[str, Profile]:
             workers=1,
         ),
         "digits": Profile("digits", digits, train_sizes=(100, 250, 600, None)),
-        "rivals": Profile("rivals", digits, encoders=METHODS, seeds=(0, 1, 2)),
+        "rivals": Profile(
+            "rivals",
+            digits,
+            encoders=METHODS,
+            seeds=(0, 1, 2),
+            variations={"steps": _step_counts()},
+        ),
+        "cpu": Profile("cpu", CPU_PRESETS["mnist"], encoders=METHODS),
         "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
     }
 
@@ -528,17 +629,22 @@ def _profiles() -> dict[str, Profile]:
 PROFILES = _profiles()
 
 
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS}
+
+
 def get_profile(name: str) -> Profile:
-    """The profile of that name, or `paper/PRESET` for one data set and latent dimension.
+    """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested.
     """
     family, _, preset = name.partition("/")
     if family not in PROFILES:
-        raise ConfigError(unknown("profile", name, [*PROFILES, "paper/PRESET"]))
+        raise ConfigError(unknown("profile", name, [*PROFILES, *(f"{f}/PRESET" for f in FAMILIES)]))
     if not preset:
         return PROFILES[family]
-    if family != "paper" or preset not in PRESETS:
-        raise ConfigError(unknown("preset", name, [f"paper/{known}" for known in PRESETS]))
-    return replace(PROFILES[family], name=name, base=PRESETS[preset])
+    presets = FAMILIES.get(family, {})
+    if preset not in presets:
+        known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
+        raise ConfigError(unknown("preset", name, known))
+    return replace(PROFILES[family], name=name, base=presets[preset])

@@ -30,6 +30,10 @@ class NotebookError(GPVAEError):
     """A notebook that is missing, failed or was given an unknown parameter."""
 
 
+class OutOfMemory(GPVAEError):
+    """Not even the smallest piece of work fits into memory."""
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     """Message for an unknown name: what was given, the nearest known one, and all of them."""
     known = sorted(known)

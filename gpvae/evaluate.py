@@ -1,8 +1,8 @@
 """One estimator of the bound and of log p(x) for every model, in nats per image.
 
-Dimensions: N images, S samples, D latent, P pixels. Memory is bounded by decoding at most
-`memory` bytes of pixels at a time; the numbers do not depend on it, because random draws are made
-for fixed blocks of images and samples before anything is decoded.
+Dimensions: N images, S samples, D latent, P pixels. Noise belongs to the image (`ImageNoise`): an
+image gets the same number alone, in any batch and at any place in it. Memory is bounded by decoding
+at most `memory` bytes of pixels at a time; the numbers do not depend on it (rounding aside).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from gpvae.errors import ConfigError, DataError, unknown
+from gpvae.memory import Memory
+from gpvae.noise import ImageNoise
 from gpvae.posteriors import Posterior
 from gpvae.vae import VAE, Generative
 
 IMAGES_PER_BLOCK = 500
 DRAWS_PER_BLOCK = 50
-MEMORY = 256 * 2**20  # bytes
+TEMPORARIES = 4  # tensors of the decoded pixels' size that exist at once
 
 PROPOSALS: dict[str, Callable[[Posterior], Posterior]] = {
     "exact": lambda posterior: posterior,
@@ -56,7 +58,7 @@ class Estimate:
 
 @torch.no_grad()
 def elbo(
-    model: VAE, x: Tensor, samples: int = 100, *, seed: int = 0, memory: int = MEMORY
+    model: VAE, x: Tensor, samples: int = 100, *, seed: int = 0, memory: int | None = None
 ) -> Estimate:
     """ELBO(x) = E_q log p(x | z) - KL(q(z | x) || p(z)) by S posterior samples.
 
@@ -68,19 +70,20 @@ def elbo(
         x: images [N, C, H, W]; binary for a Bernoulli output.
         samples: S.
         seed: seed of the posterior samples.
-        memory: bound in bytes on the decoded pixels held at once.
+        memory: bound in bytes on the decoded pixels held at once; see `Memory`.
 
     Raises:
         DataError: images of a wrong shape, or not binary where they must be.
     """
     check_samples(samples)
+    budget = Memory(memory, x.device)
     values, errors = [], []
-    for x_block, posterior, generator in blocks(model, x, seed):
+    for x_block, posterior, noise in blocks(model, x, seed):
         kl = posterior.kl()
         terms = [
             log_lik if kl is not None else log_lik + log_prior - log_q
             for log_lik, log_prior, log_q in weight_terms(
-                model.generative, x_block, posterior, samples, generator, memory, kl is None
+                model.generative, x_block, posterior, samples, noise, budget, kl is None
             )
         ]
         draws = torch.cat(terms).double()  # [S, B]
@@ -97,7 +100,7 @@ def log_likelihood(
     *,
     proposal: str | Posterior = "exact",
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Estimate:
     """log p(x) >= E log (1/S) sum_s p(x, z_s) / q(z_s), z_s ~ q (Burda et al., 2016).
 
@@ -110,7 +113,7 @@ def log_likelihood(
         proposal: "exact" for the model's own q(z | x) (for GPVAE the quadrature density),
             "gaussian" for the Gaussian with its moments, or posteriors of all N images.
         seed: seed of the proposal's samples.
-        memory: bound in bytes on the decoded pixels held at once.
+        memory: bound in bytes on the decoded pixels held at once; see `Memory`.
 
     Returns:
         Values and their standard errors by the delta method,
@@ -124,12 +127,13 @@ def log_likelihood(
     check_samples(samples)
     if isinstance(proposal, str) and proposal not in PROPOSALS:
         raise ConfigError(unknown("proposal", proposal, PROPOSALS))
+    budget = Memory(memory, x.device)
     values, errors = [], []
-    for x_block, q, generator in blocks(model, x, seed, proposal):
+    for x_block, q, noise in blocks(model, x, seed, proposal):
         first = torch.full((len(x_block),), -math.inf, dtype=torch.float64, device=x.device)
         second = first.clone()
         for log_lik, log_prior, log_q in weight_terms(
-            model.generative, x_block, q, samples, generator, memory, True
+            model.generative, x_block, q, samples, noise, budget, True
         ):
             log_w = (log_lik + log_prior - log_q).double()  # [block of samples, B]
             first = torch.logaddexp(first, log_w.logsumexp(0))
@@ -148,25 +152,21 @@ def check_samples(samples: int) -> None:
 
 def blocks(
     model: VAE, x: Tensor, seed: int, proposal: str | Posterior = "exact"
-) -> Iterator[tuple[Tensor, Posterior, torch.Generator]]:
-    """Images, their posterior and a generator, for each block of images. The encoder runs once.
-
-    Each block has a generator of its own, seeded by (seed, block), so that the first images get
-    the same numbers however many follow.
-    """
+) -> Iterator[tuple[Tensor, Posterior, ImageNoise]]:
+    """Images, their posterior and their noise, for each block of images. The encoder runs once."""
     if not bool(torch.isfinite(x).all()):
         count = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise DataError(f"{count} of {len(x)} images have NaN or infinite pixels; leave them out.")
     model.generative.output.check(x)
     if isinstance(proposal, Posterior) and len(proposal.mean) != len(x):
         raise DataError(f"{len(proposal.mean)} proposals were given for {len(x)} images.")
-    for number, start in enumerate(range(0, len(x), IMAGES_PER_BLOCK)):
+    for start in range(0, len(x), IMAGES_PER_BLOCK):
         index = slice(start, start + IMAGES_PER_BLOCK)
-        generator = torch.Generator(x.device).manual_seed(seed * 1_000_003 + number)
+        noise = ImageNoise(x[index], seed)
         if isinstance(proposal, Posterior):
-            yield x[index], proposal[index], generator
+            yield x[index], proposal[index], noise
         else:
-            yield x[index], PROPOSALS[proposal](model(x[index])), generator
+            yield x[index], PROPOSALS[proposal](model(x[index])), noise
 
 
 def weight_terms(
@@ -174,8 +174,8 @@ def weight_terms(
     x: Tensor,
     q: Posterior,
     samples: int,
-    generator: torch.Generator,
-    memory: int,
+    noise: ImageNoise,
+    memory: Memory,
     densities: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     """log p(x | z), log p(z) and log q(z), each [block, B], until S samples have been drawn.
@@ -185,26 +185,24 @@ def weight_terms(
     for start in range(0, samples, DRAWS_PER_BLOCK):
         shape = (min(DRAWS_PER_BLOCK, samples - start),)
         if densities:
-            z, log_q = q.rsample_with_log_prob(shape, generator)
+            z, log_q = q.rsample_with_log_prob(shape, noise)
             yield chunked_log_likelihood(generative, x, z, memory), generative.log_prior(z), log_q
         else:
-            z = q.rsample(shape, generator)
+            z = q.rsample(shape, noise)
             yield chunked_log_likelihood(generative, x, z, memory), None, None
 
 
-def chunked_log_likelihood(generative: Generative, x: Tensor, z: Tensor, memory: int) -> Tensor:
+def chunked_log_likelihood(generative: Generative, x: Tensor, z: Tensor, memory: Memory) -> Tensor:
     """log p(x | z), [S, B], decoding as many samples, or images of one sample, as fit."""
-    row = math.prod(generative.shape) * z.element_size() * 4  # decoded pixels and temporaries
-    rows = max(1, memory // row)
-    s_chunk, b_chunk = max(1, rows // len(x)), min(rows, len(x))
-    parts = [
-        torch.cat(
-            [
-                generative.log_likelihood(xb, zb)
-                for xb, zb in zip(x.split(b_chunk), zs.split(b_chunk, dim=1), strict=True)
-            ],
-            dim=1,
-        )
-        for zs in z.split(s_chunk)
-    ]
-    return torch.cat(parts)
+    row = math.prod(generative.shape) * z.element_size() * TEMPORARIES
+
+    def of_samples(s: slice) -> Tensor:
+        if len(z[s]) > 1:
+            return generative.log_likelihood(x, z[s])
+
+        def of_images(b: slice) -> Tensor:
+            return generative.log_likelihood(x[b], z[s, b])
+
+        return torch.cat(memory.chunks(of_images, len(x), row), dim=1)
+
+    return torch.cat(memory.chunks(of_samples, len(z), row * len(x)))

@@ -19,8 +19,10 @@ from gpvae.config import RunConfig
 from gpvae.data import Dataset, load_dataset
 from gpvae.errors import GPVAEError, TrainingError
 from gpvae.evaluate import Estimate, elbo, log_likelihood
+from gpvae.gaps import decompose
+from gpvae.refine import study
 from gpvae.results import Results, Row, code_hash, run_key, stale_reason, versions
-from gpvae.svi import SearchOptions, optimise_posterior, widened
+from gpvae.search import SearchOptions
 from gpvae.training import Trained, evaluation_images, train
 from gpvae.vae import VAE
 
@@ -117,28 +119,38 @@ def evaluate(
     """All test-time estimates of a run, and everything that is kept for each image.
 
     Returns:
-        Estimates in nats (`elbo`; `log_likelihood` with the model's own posterior as proposal;
-        and, where `config.evaluation.gaps`, `log_likelihood_neutral` and `elbo_optimised` with
-        each image's optimised Gaussian), and arrays [N] by name.
+        Estimates in nats: `elbo` and `log_likelihood` (the model's own posterior as proposal),
+        and where `config.evaluation.gaps` also `elbo_optimised`, `log_likelihood_neutral` and
+        `log_px`, the reference of the gaps (see `gpvae.gaps`); and arrays [N] by name, with the
+        scores of difficulty and, for a model that has some, what refinement would gain
+        (`refine_bounds` and `refine_ranking`, [R, N] at `refine_steps`, [R]; see `gpvae.refine`).
     """
     e = config.evaluation
     x = x.to(next(model.parameters()).device)
-    estimates = {
-        "elbo": elbo(model, x, e.elbo_samples, seed=e.seed),
-        "log_likelihood": log_likelihood(model, x, e.samples, seed=e.seed),
-    }
     with torch.no_grad():
         posterior = model(x)
-    arrays = {name: score for name, score in posterior.scores().items()}
+    arrays = posterior.scores()
     arrays["q_var"] = (posterior.std**2).mean(-1)
     if e.gaps:
-        options = SearchOptions(seed=e.seed)
-        best = optimise_posterior(model, x, options=options, elbo_samples=e.elbo_samples)
-        estimates["elbo_optimised"] = best.elbo
-        estimates["log_likelihood_neutral"] = log_likelihood(
-            model, x, e.samples, proposal=widened(best.posterior), seed=e.seed
-        )
-        arrays["converged"] = best.converged
+        gaps = decompose(model, x, e.samples, e.elbo_samples, SearchOptions(seed=e.seed))
+        estimates = {
+            "elbo": gaps.elbo,
+            "log_likelihood": gaps.own,
+            "elbo_optimised": gaps.elbo_optimised,
+            "log_likelihood_neutral": gaps.neutral,
+            "log_px": gaps.log_px,
+        }
+        arrays["converged"] = gaps.optimised.converged
+        if posterior.scores():
+            refined = study(model, x, posterior.scores(), elbo_samples=e.elbo_samples)
+            arrays["refine_steps"] = refined.steps
+            arrays["refine_bounds"] = refined.bounds
+            arrays["refine_ranking"] = refined.ranking_bounds
+    else:
+        estimates = {
+            "elbo": elbo(model, x, e.elbo_samples, seed=e.seed),
+            "log_likelihood": log_likelihood(model, x, e.samples, seed=e.seed),
+        }
     for name, estimate in estimates.items():
         arrays[name] = estimate.value
         arrays[f"{name}_stderr"] = estimate.stderr

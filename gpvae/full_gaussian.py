@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpvae.posteriors import LOG_2PI, Posterior, draw
+from gpvae.noise import Source, normal
+from gpvae.posteriors import LOG_2PI, Posterior
 
 
 class FullGaussian(Posterior):
@@ -59,16 +60,14 @@ class FullGaussian(Posterior):
         """L L^T, [B, D, D], made explicit for inspection and tests."""
         return self.scale_tril @ self.scale_tril.mT
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
-        return self.rsample_with_log_prob(shape, generator)[0]
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
+        return self.rsample_with_log_prob(shape, source)[0]
 
     def rsample_with_log_prob(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+        self, shape: tuple[int, ...] = (), source: Source = None
     ) -> tuple[Tensor, Tensor]:
         """Samples and log q; the noise is at hand, so no triangular solve is needed."""
-        noise = draw((*shape, *self.mean.shape), self.mean, generator)
+        noise = normal((*shape, *self.mean.shape), self.mean, source)
         z = self.mean + torch.einsum("bij,...bj->...bi", self.scale_tril, noise)
         return z, self._log_density(noise)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gpvae.errors import ConfigError
 from gpvae.evaluate import Estimate, elbo, log_likelihood
+from gpvae.noise import Source
 from gpvae.posteriors import Posterior
 from gpvae.svi import Optimised, SearchOptions, optimise_posterior, widened
 from gpvae.vae import VAE
@@ -102,13 +103,11 @@ class Pooled(Posterior):
         within = 0.5 * (self.a.std**2 + self.b.std**2)
         return (within + 0.25 * (self.a.mean - self.b.mean) ** 2).sqrt()
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
         if not shape or shape[0] % 2:
             raise ConfigError(f"{shape} samples cannot be halved; expected an even number.")
         half = (shape[0] // 2, *shape[1:])
-        return torch.cat([self.a.rsample(half, generator), self.b.rsample(half, generator)])
+        return torch.cat([self.a.rsample(half, source), self.b.rsample(half, source)])
 
     def log_prob(self, z: Tensor) -> Tensor:
         return torch.logaddexp(self.a.log_prob(z), self.b.log_prob(z)) - math.log(2)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError
+from gpvae.noise import Source
 from gpvae.posteriors import DiagonalGaussian, Posterior
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
@@ -79,15 +80,13 @@ class HouseholderGaussian(Posterior):
         factor = self.rotation() * self.base.std[:, None]
         return factor @ factor.mT
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
-        return self.turn(self.base.rsample(shape, generator))
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
+        return self.turn(self.base.rsample(shape, source))
 
     def rsample_with_log_prob(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+        self, shape: tuple[int, ...] = (), source: Source = None
     ) -> tuple[Tensor, Tensor]:
-        z, log_q = self.base.rsample_with_log_prob(shape, generator)
+        z, log_q = self.base.rsample_with_log_prob(shape, source)
         return self.turn(z), log_q
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.functional import linear, logsigmoid, sigmoid
 from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError
 from gpvae.networks import ACTIVATIONS
+from gpvae.noise import Source
 from gpvae.posteriors import DiagonalGaussian, Posterior
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
@@ -118,15 +119,13 @@ class IAFPosterior(Posterior):
     def std(self) -> Tensor:
         return self._moments[1]
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
-        return self.rsample_with_log_prob(shape, generator)[0]
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
+        return self.rsample_with_log_prob(shape, source)[0]
 
     def rsample_with_log_prob(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+        self, shape: tuple[int, ...] = (), source: Source = None
     ) -> tuple[Tensor, Tensor]:
-        z, log_q = self.base.rsample_with_log_prob(shape, generator)
+        z, log_q = self.base.rsample_with_log_prob(shape, source)
         for step in self.steps:
             z, log_det = step.push(z, self.context)
             log_q = log_q - log_det

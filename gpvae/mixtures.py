@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError
-from gpvae.posteriors import DiagonalGaussian, Posterior, draw, normal_log_prob
+from gpvae.noise import Source, normal, uniform
+from gpvae.posteriors import DiagonalGaussian, Posterior, normal_log_prob
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
 
@@ -44,22 +45,18 @@ class GaussianMixture(Posterior):
         spread = (self.means - self.mean[..., None, :]) ** 2
         return (self.log_weights.exp()[..., None] * (self.stds**2 + spread)).sum(-2).sqrt()
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
         batch, _, latent_dim = self.means.shape
-        noise = draw((*shape, batch, latent_dim), self.means, generator)
-        index = self._draw_components(shape, generator)[..., None, None]
+        noise = normal((*shape, batch, latent_dim), self.means, source)
+        index = self._draw_components(shape, source)[..., None, None]
         index = index.expand(*shape, batch, 1, latent_dim)
         pick = [p.expand(*shape, -1, -1, -1).gather(-2, index)[..., 0, :] for p in self._parts()]
         return pick[0] + pick[1] * noise
 
-    def stratified(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
+    def stratified(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
         """Reparameterised samples of every component, [*shape, M, B, D]."""
         means, stds = (p.movedim(1, 0) for p in self._parts())
-        return means + stds * draw((*shape, *means.shape), means, generator)
+        return means + stds * normal((*shape, *means.shape), means, source)
 
     def component_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; mean_m, std_m^2) for every m, [..., B, M], for z [..., B, D]."""
@@ -78,15 +75,12 @@ class GaussianMixture(Posterior):
     def _parts(self) -> tuple[Tensor, Tensor]:
         return self.means, self.stds
 
-    def _draw_components(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    def _draw_components(self, shape: tuple[int, ...], source: Source) -> Tensor:
         """Indices m ~ w by inversion, [*shape, B]."""
-        uniform = torch.rand(
-            (*shape, len(self.means)), generator=generator, dtype=self.means.dtype,
-            device=self.means.device,
-        )  # fmt: skip
+        level = uniform((*shape, len(self.means)), self.means, source)
         # Leaving out the last sum, which rounding may put below 1, keeps the index below M.
         below = self.log_weights.detach().exp().cumsum(-1)[..., :-1]
-        return (uniform[..., None] >= below).sum(-1)
+        return (level[..., None] >= below).sum(-1)
 
 
 def mixture_bound(
@@ -94,7 +88,7 @@ def mixture_bound(
     x: Tensor,
     q: GaussianMixture,
     samples: int,
-    generator: torch.Generator | None = None,
+    source: Source = None,
 ) -> tuple[Tensor, Tensor]:
     """The bound's two terms, each [S, B], from S samples of every component (M S decodings).
 
@@ -105,7 +99,7 @@ def mixture_bound(
     their gradient without Gumbel noise or a score function, and KL(q_m || p) is closed form; what
     is sampled in the KL is at most log(1 / w_m) for each component.
     """
-    z = q.stratified((samples,), generator)  # [S, M, B, D]
+    z = q.stratified((samples,), source)  # [S, M, B, D]
     log_lik = generative.log_likelihood(x, z).mT  # [S, B, M]
     each = q.component_log_prob(z)  # [S, M, B, M], of each component's samples under each
     log_q = (q.log_weights + each).logsumexp(-1).mT
@@ -189,12 +183,12 @@ class MixtureVAE(VAE):
     encoder_type = MixtureEncoder
 
     def bound_terms(
-        self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None
+        self, x: Tensor, samples: int = 1, source: Source = None
     ) -> tuple[Tensor, Tensor]:
         """As for `VAE`, by `mixture_bound`."""
         if self.encoder.active == 1:
-            return super().bound_terms(x, samples, generator)
-        return mixture_bound(self.generative, x, self(x), samples, generator)
+            return super().bound_terms(x, samples, source)
+        return mixture_bound(self.generative, x, self(x), samples, source)
 
 
 class RecursiveMixtureVAE(MixtureVAE):
@@ -275,15 +269,13 @@ class RecursiveMixtureVAE(MixtureVAE):
         self.stage, self.fitting = stage, fitting
         return {"stage": stage, "components": self.encoder.active}
 
-    def loss_terms(
-        self, x: Tensor, n_train: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def loss_terms(self, x: Tensor, n_train: int, source: Source = None) -> dict[str, Tensor]:
         """As for `VAE`, with minus the bounded divergence of a component that is being fitted."""
         if self.fitting:
-            return self._fit_terms(x, generator)
+            return self._fit_terms(x, source)
         held = self._held_in_refit() if self.options.refit == "weights" and self.stage > 1 else []
         with frozen(held):
-            terms = super().loss_terms(x, n_train, generator)
+            terms = super().loss_terms(x, n_train, source)
         return terms | {"divergence": torch.zeros_like(terms["weight_kl"])}
 
     def get_extra_state(self) -> Tensor:
@@ -295,12 +287,12 @@ class RecursiveMixtureVAE(MixtureVAE):
         self.stage, fitting, self.encoder.active = state.tolist()
         self.fitting = bool(fitting)
 
-    def _fit_terms(self, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def _fit_terms(self, x: Tensor, source: Source) -> dict[str, Tensor]:
         with torch.no_grad():
             features = self.encoder.trunk(x)
             mixture = self.encoder.mixture(features)
         q = self.encoder.component(features, self.encoder.active)
-        z, log_q = q.rsample_with_log_prob((1,), generator)
+        z, log_q = q.rsample_with_log_prob((1,), source)
         divergence = (log_q - mixture.log_prob(z)).clamp_max(self.options.divergence_bound)
         with frozen(list(self.generative.parameters())):
             log_lik = self.generative.log_likelihood(x, z)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from gpvae.noise import Source, normal
 from gpvae.special import expected_log_square
 
 LOG_2PI = math.log(2 * math.pi)
@@ -21,11 +22,6 @@ REACH = 7.0  # standard deviations of h that the quadrature covers
 def normal_log_prob(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(z; mean, std^2), elementwise, in nats."""
     return -0.5 * ((z - mean) / std) ** 2 - std.log() - 0.5 * LOG_2PI
-
-
-def draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise with the dtype and device of `like`."""
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 class Posterior(ABC):
@@ -42,9 +38,7 @@ class Posterior(ABC):
         """Marginal standard deviation, [B, D]."""
 
     @abstractmethod
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
         """Reparameterised samples, [*shape, B, D]."""
 
     @abstractmethod
@@ -52,10 +46,10 @@ class Posterior(ABC):
         """log q(z | x) in nats, [..., B], for z of shape [..., B, D]."""
 
     def rsample_with_log_prob(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+        self, shape: tuple[int, ...] = (), source: Source = None
     ) -> tuple[Tensor, Tensor]:
         """Samples and their log q(z | x); flows override it, since they get both in one pass."""
-        z = self.rsample(shape, generator)
+        z = self.rsample(shape, source)
         return z, self.log_prob(z)
 
     @abstractmethod
@@ -94,10 +88,8 @@ class DiagonalGaussian(Posterior):
     def std(self) -> Tensor:
         return self._std
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
-        noise = draw((*shape, *self.mean.shape), self.mean, generator)
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
+        noise = normal((*shape, *self.mean.shape), self.mean, source)
         return self.mean + self.std * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -151,10 +143,8 @@ class RandomFunctionPosterior(Posterior):
     def std(self) -> Tensor:
         return (self.f_std**2 + self.h_mean**2 + self.h_std**2).sqrt()
 
-    def rsample(
-        self, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
-        e1, e2, e3 = draw((3, *shape, *self.f_mean.shape), self.f_mean, generator)
+    def rsample(self, shape: tuple[int, ...] = (), source: Source = None) -> Tensor:
+        e1, e2, e3 = normal((3, *shape, *self.f_mean.shape), self.f_mean, source)
         f = self.f_mean + self.f_std * e1
         h = self.h_mean + self.h_std * e2
         return f + h * e3

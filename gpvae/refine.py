@@ -25,12 +25,11 @@ from torch import Tensor
 from gpvae.errors import ConfigError, DataError, unknown
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.search import (
-    MEASURE_SAMPLES,
     BestSoFar,
     SearchOptions,
     SearchState,
     advance,
-    images_at_once,
+    in_blocks,
 )
 from gpvae.svi import gaussians, measured
 from gpvae.vae import VAE, Generative
@@ -205,9 +204,9 @@ def trajectory(
 
     Without a stopping rule: every image takes all steps. `counts` rises from 0.
     """
-    samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
-    index = torch.arange(len(x), device=x.device).split(images_at_once(generative, x, samples))
-    blocks = [_trajectory_block(generative, x[i], q[i], counts, options) for i in index]
+    blocks = in_blocks(
+        generative, x, options, lambda i: _trajectory_block(generative, x[i], q[i], counts, options)
+    )
     return [
         DiagonalGaussian(torch.cat([q.mean for q in part]), torch.cat([q.std for q in part]))
         for part in zip(*blocks, strict=True)

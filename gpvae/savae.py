@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gpvae.config import ModelConfig, SAVAEConfig
 from gpvae.errors import TrainingError
-from gpvae.noise import image_noise
+from gpvae.noise import Source, image_noise, uniform
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.search import gaussian_elbo
 from gpvae.vae import VAE, GaussianEncoder, Generative
@@ -172,13 +172,13 @@ class SAVAE(VAE):
     encoder_type = SemiAmortizedEncoder
 
     def bound_terms(
-        self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None
+        self, x: Tensor, samples: int = 1, source: Source = None
     ) -> tuple[Tensor, Tensor]:
-        """As for `VAE`; the seed of the inner noise comes from the generator, too."""
+        """As for `VAE`; the seed of the inner noise comes from the source, too."""
         if not self.encoder.options.steps:
-            return super().bound_terms(x, samples, generator)
-        self.encoder.seed = torch.randint(2**31, (), generator=generator, device=x.device)
+            return super().bound_terms(x, samples, source)
+        self.encoder.seed = (uniform((1,), x, source)[0] * 2**24).int()
         try:
-            return super().bound_terms(x, samples, generator)
+            return super().bound_terms(x, samples, source)
         finally:
             self.encoder.seed = EVALUATION_SEED

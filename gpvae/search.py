@@ -21,17 +21,23 @@ Dimensions: N images, B images that move at once, S samples, D latent. Bounds ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gpvae.errors import ConfigError, DataError
-from gpvae.evaluate import MEMORY
+from gpvae.evaluate import TEMPORARIES
+from gpvae.memory import Memory
 from gpvae.noise import orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.vae import Generative
 
+T = TypeVar("T")
+
+CPU_BYTES = 256 * 2**20  # enough images at once for the small matrices that each step factors
 FEWEST_SAMPLES, MOST_SAMPLES = 16, 50  # of a step, unless asked for
 MEASURE_SAMPLES = 100  # for the bound that decides what is kept and when to stop
 SMALLEST_PRECISION = 1.0  # of the prior; what a Newton step assumes along flat directions
@@ -120,17 +126,21 @@ def search(
             "or have a standard deviation of 0."
         )
     q = DiagonalGaussian(q.mean.detach(), q.std.detach())
-    samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
-    index = torch.arange(len(x), device=x.device).split(images_at_once(generative, x, samples))
-    parts = [_search_block(generative, x[i], q[i], options) for i in index]
+    parts = in_blocks(
+        generative, x, options, lambda i: _search_block(generative, x[i], q[i], options)
+    )
     means, stds, converged, steps = (torch.cat(part) for part in zip(*parts, strict=True))
     return DiagonalGaussian(means, stds), converged, steps
 
 
-def images_at_once(generative: Generative, x: Tensor, samples: int) -> int:
-    """How many images, each decoded `samples` times, fit into memory together."""
-    image = samples * math.prod(generative.shape) * x.element_size() * 4  # pixels, temporaries
-    return max(1, MEMORY // image)
+def in_blocks(
+    generative: Generative, x: Tensor, options: SearchOptions, function: Callable[[slice], T]
+) -> list[T]:
+    """Results of `function` for blocks of the images x that can move at once (see `Memory`)."""
+    samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
+    image = samples * math.prod(generative.shape) * x.element_size() * TEMPORARIES
+    memory = Memory(CPU_BYTES if x.device.type == "cpu" else None, x.device)
+    return memory.chunks(function, len(x), image)
 
 
 def _search_block(

@@ -23,11 +23,11 @@ from torch import Tensor
 from gpvae.errors import ConfigError, DataError
 from gpvae.evaluate import (
     IMAGES_PER_BLOCK,
-    MEMORY,
     Estimate,
     check_samples,
     chunked_log_likelihood,
 )
+from gpvae.memory import Memory
 from gpvae.noise import image_noise
 from gpvae.posteriors import DiagonalGaussian, Posterior
 from gpvae.search import MEASURE_SAMPLES, SearchOptions, search
@@ -101,10 +101,11 @@ def measured(
     generative: Generative, x: Tensor, q: DiagonalGaussian, samples: int, seed: int
 ) -> Estimate:
     """The ELBO of N images under given Gaussians, with noise that belongs to each image."""
+    memory = Memory(None, x.device)
     values, errors = [], []
     for index in torch.arange(len(x), device=x.device).split(IMAGES_PER_BLOCK):
         z = q.mean[index] + q.std[index] * image_noise(x[index], samples, q.mean.shape[-1], seed)
-        draws = chunked_log_likelihood(generative, x[index], z, MEMORY).double()
+        draws = chunked_log_likelihood(generative, x[index], z, memory).double()
         values.append(draws.mean(0) - q[index].kl().double())
         errors.append(draws.std(0) / math.sqrt(samples))
     return Estimate(torch.cat(values), torch.cat(errors), samples)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from gpvae.config import ModelConfig
 from gpvae.errors import DataError
 from gpvae.networks import Decoder, Trunk
+from gpvae.noise import Source, normal
 from gpvae.outputs import make_output
 from gpvae.posteriors import LOG_2PI, DiagonalGaussian, Posterior
 
@@ -121,7 +121,7 @@ class VAE(nn.Module):
         return self.encoder(x, self.generative)
 
     def bound_terms(
-        self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None
+        self, x: Tensor, samples: int = 1, source: Source = None
     ) -> tuple[Tensor, Tensor]:
         """The two terms of ELBO(x) = E_q log p(x | z) - KL, each sampled or exact.
 
@@ -132,19 +132,17 @@ class VAE(nn.Module):
         posterior = self(x)
         kl = posterior.kl()
         if kl is None:
-            z, log_q = posterior.rsample_with_log_prob((samples,), generator)
+            z, log_q = posterior.rsample_with_log_prob((samples,), source)
             kl = log_q - self.generative.log_prior(z)
         else:
-            z = posterior.rsample((samples,), generator)
+            z = posterior.rsample((samples,), source)
         return self.generative.log_likelihood(x, z), kl
 
-    def loss_terms(
-        self, x: Tensor, n_train: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def loss_terms(self, x: Tensor, n_train: int, source: Source = None) -> dict[str, Tensor]:
         """Terms of the loss, in nats per image, each averaged over the batch; their sum is
         minimised: -E log p(x | z) + KL + temperature * weight KL / N.
         """
-        log_lik, kl = self.bound_terms(x, generator=generator)
+        log_lik, kl = self.bound_terms(x, source=source)
         return {
             "reconstruction": -log_lik.mean(),
             "kl": kl.mean(),
@@ -167,11 +165,11 @@ class VAE(nn.Module):
         """
         return {}
 
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, count: int, source: Source = None) -> Tensor:
         """Mean images of latents drawn from the prior, [count, C, H, W]."""
         parameter = next(self.parameters())
         shape = (count, self.generative.latent_dim)
-        z = torch.randn(shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        z = normal(shape, parameter, source)
         return self.generative.mean_image(z)
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_blocks_of_images_do_not_change_the_result(monkeypatch):
     model, x = make(), images(7)
     whole = optimise_posterior(model, x)
-    monkeypatch.setattr("gpvae.search.MEMORY", 1)  # one image at a time
+    monkeypatch.setattr("gpvae.search.CPU_BYTES", 1)  # one image at a time
     monkeypatch.setattr("gpvae.svi.IMAGES_PER_BLOCK", 3)
     blocks = optimise_posterior(model, x)
     torch.testing.assert_close(blocks.posterior.mean, whole.posterior.mean)
