@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from gpvae.gaps import decompose
 from gpvae.refine import study
 from gpvae.results import Results, Row, code_hash, run_key, stale_reason, versions
 from gpvae.search import SearchOptions
-from gpvae.training import Trained, evaluation_images, train
+from gpvae.step import matmul_precision
+from gpvae.training import Trained, build_model, evaluation_images, train
 from gpvae.vae import VAE
 
 Log = Callable[[str], None]
@@ -45,8 +47,16 @@ def load_data(config: RunConfig) -> Dataset:
 def trained(
     config: RunConfig, profile: str, data: Dataset | None = None, log: Log = print
 ) -> Trained:
-    """The trained model of a run; from its checkpoint where there is one."""
+    """The trained model of a run; from its checkpoint where there is one.
+
+    SVI is the VAE until it is evaluated, so it takes the weights of the VAE's run.
+    """
     data = data or load_data(config)
+    if config.model.encoder == "svi":
+        found = trained(config.override(**{"model.encoder": "vae"}), profile, data, log)
+        model = build_model(config, data.shape).to(next(found.model.parameters()).device)
+        model.load_state_dict(found.model.state_dict())
+        return replace(found, model=model.eval())
     with cpu_threads(config.training.threads):
         return train(config, data, run_folder(config, profile, data), log=log)
 
@@ -89,8 +99,9 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     start = time.monotonic()
     model = trained(config, profile, data, log)
     seconds = {"train": model.history[-1]["seconds"]}
-    with cpu_threads(config.training.threads):
-        estimates, arrays = evaluate(model.model, evaluation_images(data, "test", config), config)
+    x = evaluation_images(data, "test", config)
+    with cpu_threads(config.training.threads), matmul_precision(config.model.precision):
+        estimates, arrays = evaluate(model.model, x, config)
     seconds["evaluate"] = round(time.monotonic() - start, 3) - seconds["train"]
     arrays["valid_index"] = data.valid_index
     row = _row(config, data, model, estimates, seconds)
@@ -185,6 +196,7 @@ def _row(
         "epochs": int(model.history[-1]["epoch"]),
         "best_epoch": model.best_epoch,
         "valid_elbo": model.best_valid_elbo,
+        "history": [{k: row[k] for k in ("epoch", "valid_elbo")} for row in model.history],
         "seconds": seconds,
         "finished": time.time(),
         **{

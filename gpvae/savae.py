@@ -28,6 +28,7 @@ from gpvae.errors import TrainingError
 from gpvae.noise import Source, image_noise, uniform
 from gpvae.posteriors import DiagonalGaussian
 from gpvae.search import gaussian_elbo
+from gpvae.step import capturing
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
 EVALUATION_SEED = 0  # of the inner noise whenever no training step has set another
@@ -66,7 +67,8 @@ class SemiAmortizedEncoder(GaussianEncoder):
         noise = self._noise(x, start.mean.shape[-1])
         if torch.is_grad_enabled():
             q, failed_at = refine(generative, x, start, noise, self.options)
-            self._raise_if(failed_at)
+            if not capturing():  # there the loss tells, at the end of the epoch
+                self._raise_if(failed_at)
             return q
         # Copies, since tensors made under inference mode cannot take part in a gradient.
         with torch.inference_mode(False), torch.enable_grad():

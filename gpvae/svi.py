@@ -208,6 +208,13 @@ class SVIEncoder(GaussianEncoder):
 
 
 class SVI(VAE):
-    """VAE with stochastic variational inference at evaluation: no amortization gap, but slow."""
+    """VAE with stochastic variational inference at evaluation: no amortization gap, but slow.
+
+    It is trained and selected as the VAE is, by the amortised bound, so that with the same seed
+    it has the VAE's weights.
+    """
 
     encoder_type = SVIEncoder
+
+    def for_validation(self) -> SVI:
+        return self.train()

@@ -1,30 +1,29 @@
-"""The training loop: one function, top to bottom, and the checkpoint that it continues from."""
+"""The training loop: one function, top to bottom. The step that it takes is `gpvae.step`."""
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from gpvae.config import RunConfig, differences
+from gpvae.checkpoint import State, load_checkpoint
+from gpvae.config import RunConfig, TrainingConfig, from_dict
 from gpvae.data import Dataset
 from gpvae.errors import CheckpointError, ConfigError, TrainingError, unknown
 from gpvae.evaluate import elbo
 from gpvae.gp import GPVAE
 from gpvae.householder import HouseholderVAE
 from gpvae.iaf import IAFVAE
+from gpvae.memory import is_out_of_memory
 from gpvae.mixtures import MixtureVAE, RecursiveMixtureVAE
 from gpvae.outputs import make_output
 from gpvae.savae import SAVAE
+from gpvae.step import Step, captures, matmul_precision, swapped
 from gpvae.svi import SVI
 from gpvae.vae import VAE
 from gpvae.vlae import VLAE
@@ -111,7 +110,8 @@ def train(
     Raises:
         ConfigError: unknown encoder or device.
         CheckpointError: the folder's checkpoint is damaged or of another configuration.
-        TrainingError: a loss that is not finite; the last good checkpoint stays.
+        TrainingError: a loss that is not finite, or too little memory; the last good checkpoint
+            stays.
     """
     t = config.training
     device = pick_device(t.device)
@@ -119,48 +119,58 @@ def train(
     images = data.train.to(device)
     valid = evaluation_images(data, "valid", config).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=t.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(
+        parameters, lr=t.learning_rate, fused=True, capturable=captures(config, model)
+    )
     generator = torch.Generator(device).manual_seed(config.seed)
-    state = _State(model, optimizer, generator)
+    averages = [p.detach().clone() for p in parameters] if t.average else []
+    state = State(model, optimizer, generator, averages)
     if folder is not None:
         state.load(folder, config)
+    step = Step(model, optimizer, config, images.levels, len(images), generator, averages)
     started = last_log = time.monotonic()
     starts = model.phase_starts(t.epochs)  # patience counts in the last phase
 
-    while state.epoch < t.epochs and state.epoch - max(state.best_epoch, starts[-1]) < t.patience:
-        stage = model.start_epoch(state.epoch, t.epochs, state.best_weights)
-        losses = []
-        for x in images.batches(t.batch_size, generator):
-            x = model.generative.output.augment(x, generator)
-            terms = model.loss_terms(x, len(images), generator)
-            loss = sum(terms.values())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, t.clip_norm)
-            optimizer.step()
-            losses.append(torch.stack([v.detach() for v in terms.values()]))
-        state.epoch += 1
-        epoch_losses = torch.stack(losses).cpu()  # the only synchronisation in an epoch
-        _check_finite(epoch_losses, list(terms), state.epoch, config)
+    with matmul_precision(config.model.precision), memory_explained(config):
+        while not finished(state, t, starts):
+            stage = model.start_epoch(state.epoch, t.epochs, state.best_weights)
+            step.start_epoch(state.epoch, t.epochs, new_phase=state.epoch in starts)
+            batches = images.batches(t.batch_size, generator, scaled=False)
+            losses = [step(pixels) for pixels in batches]  # see Step.eager
+            state.epoch += 1
+            epoch_losses = torch.stack(losses).cpu()  # the only synchronisation in an epoch
+            check_finite(epoch_losses, step.names, state.epoch, config)
 
-        if state.epoch % t.evaluate_every == 0 or state.epoch in (*starts, t.epochs):
-            model.eval()
-            bound = elbo(model, valid, t.valid_samples, seed=VALID_SEED).mean
-            model.train()
-            row = {"epoch": state.epoch, "valid_elbo": bound}
-            row |= stage | dict(zip(terms, epoch_losses.mean(0).tolist(), strict=True))
-            row["seconds"] = round(time.monotonic() - started + state.seconds_before, 3)
-            state.record(row)
-            if folder is not None:
-                state.save(folder, config)
-            if log and time.monotonic() - last_log > 5:
-                last_log = time.monotonic()
-                log(
-                    f"epoch {state.epoch}/{t.epochs}: validation ELBO {bound:.2f} nats "
-                    f"(best {state.best_valid_elbo:.2f} at {state.best_epoch})"
-                )
+            if state.epoch % t.evaluate_every == 0 or state.epoch in (*starts, t.epochs):
+                with swapped(parameters, averages):
+                    bound = validation_bound(model, valid, t.valid_samples)
+                    row = {"epoch": state.epoch, "valid_elbo": bound}
+                    row |= stage | dict(zip(step.names, epoch_losses.mean(0).tolist(), strict=True))
+                    row["seconds"] = round(time.monotonic() - started + state.seconds_before, 3)
+                    state.record(row)
+                if folder is not None:
+                    state.save(folder, config)
+                if log and time.monotonic() - last_log > 5:
+                    last_log = time.monotonic()
+                    log(
+                        f"epoch {state.epoch}/{t.epochs}: validation ELBO {bound:.2f} nats "
+                        f"(best {state.best_valid_elbo:.2f} at {state.best_epoch})"
+                    )
     model.load_state_dict(state.best_weights)
     return Trained(model.eval(), state.history, state.best_epoch, state.best_valid_elbo)
+
+
+def finished(state: State, training: TrainingConfig, starts: list[int]) -> bool:
+    """Whether the epochs are over, or patience in the last phase of training is."""
+    since = state.epoch - max(state.best_epoch, starts[-1])
+    return state.epoch >= training.epochs or since >= training.patience
+
+
+def validation_bound(model: VAE, valid: torch.Tensor, samples: int) -> float:
+    """Mean ELBO of the validation images in nats, with the same noise at every call."""
+    bound = elbo(model.for_validation(), valid, samples, seed=VALID_SEED).mean
+    model.train()
+    return bound
 
 
 def evaluation_images(data: Dataset, part: str, config: RunConfig) -> torch.Tensor:
@@ -177,7 +187,8 @@ def evaluation_images(data: Dataset, part: str, config: RunConfig) -> torch.Tens
     return x
 
 
-def _check_finite(losses: torch.Tensor, names: list[str], epoch: int, config: RunConfig) -> None:
+def check_finite(losses: torch.Tensor, names: list[str], epoch: int, config: RunConfig) -> None:
+    """Raise TrainingError if a loss term of an epoch, [steps, terms], is not finite."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         step, term = bad[0].tolist()
@@ -189,105 +200,23 @@ def _check_finite(losses: torch.Tensor, names: list[str], epoch: int, config: Ru
         )
 
 
-class _State:
-    """Everything that a run needs to go on; saved and loaded as one file."""
-
-    def __init__(
-        self, model: VAE, optimizer: torch.optim.Optimizer, generator: torch.Generator
-    ) -> None:
-        self.model, self.optimizer, self.generator = model, optimizer, generator
-        self.epoch = self.best_epoch = 0
-        self.best_valid_elbo = -math.inf
-        self.best_weights = copy.deepcopy(model.state_dict())
-        self.history: list[dict[str, float]] = []
-        self.seconds_before = 0.0
-
-    def record(self, row: dict[str, float]) -> None:
-        self.history.append(row)
-        if row["valid_elbo"] > self.best_valid_elbo:
-            self.best_valid_elbo, self.best_epoch = row["valid_elbo"], int(row["epoch"])
-            self.best_weights = copy.deepcopy(self.model.state_dict())
-
-    def save(self, folder: Path, config: RunConfig) -> None:
-        save_checkpoint(
-            folder / "checkpoint.pt",
-            {
-                "config": json.dumps(config.to_dict()),
-                "model": self.model.state_dict(),
-                "best_weights": self.best_weights,
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "epoch": self.epoch,
-                "best_epoch": self.best_epoch,
-                "best_valid_elbo": self.best_valid_elbo,
-                "history": self.history,
-            },
-        )
-
-    def load(self, folder: Path, config: RunConfig) -> None:
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            return
-        saved = load_checkpoint(path, config)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"])
-        self.best_weights = saved["best_weights"]
-        self.epoch, self.best_epoch = saved["epoch"], saved["best_epoch"]
-        self.best_valid_elbo, self.history = saved["best_valid_elbo"], saved["history"]
-        self.seconds_before = self.history[-1]["seconds"] if self.history else 0.0
-
-
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one.
-
-    Raises:
-        CheckpointError: the folder cannot be written or the disk is full; the old file stays.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+@contextmanager
+def memory_explained(config: RunConfig) -> Iterator[None]:
+    """Say what to do when a training step does not fit into memory."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path}: {error}. Free some space or make the folder writable, then "
-            "run the same command again; it continues from the last checkpoint."
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{config.name}: a step with training.batch_size = {config.training.batch_size} does "
+            f"not fit into memory ({str(error).splitlines()[0]}). The last checkpoint is kept. Use "
+            "a smaller batch or network, or free memory on the device."
         ) from error
-
-
-def load_checkpoint(path: Path, config: RunConfig | None = None) -> dict[str, Any]:
-    """Read a checkpoint without unpickling code, and compare its configuration if one is given.
-
-    Raises:
-        CheckpointError: missing, truncated, foreign, or of another configuration.
-    """
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        old = json.loads(saved["config"])
-        missing = {"model", "best_weights", "optimizer", "generator", "history"} - set(saved)
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
-    except Exception as error:  # damaged files fail inside torch in many ways
-        raise CheckpointError(
-            f"{path} is not a checkpoint of gpvae, or is damaged "
-            f"({type(error).__name__}). Delete it to start this run again."
-        ) from error
-    changed = differences(old, config.to_dict()) if config else []
-    if changed:
-        raise CheckpointError(
-            f"{path} belongs to another configuration ({'; '.join(changed)}). "
-            "Delete it or use another folder."
-        )
-    return saved
 
 
 def load_model(path: Path, shape: tuple[int, int, int]) -> tuple[VAE, RunConfig]:
     """The best model of a checkpoint, in eval mode on the CPU, and its configuration."""
-    from gpvae.config import from_dict
-
     saved = load_checkpoint(path)
     config = from_dict(RunConfig, json.loads(saved["config"]))
     model = build_model(config, shape)

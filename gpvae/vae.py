@@ -93,6 +93,7 @@ class VAE(nn.Module):
     """
 
     encoder_type: type[nn.Module] = GaussianEncoder
+    capturable = True  # its training step can be a CUDA graph
 
     def __init__(self, shape: tuple[int, int, int], config: ModelConfig | None = None) -> None:
         super().__init__()
@@ -148,6 +149,10 @@ class VAE(nn.Module):
             "kl": kl.mean(),
             "weight_kl": self.encoder.weight_kl() * (self.temperature / n_train),
         }
+
+    def for_validation(self) -> VAE:
+        """The model in the mode in which its validation bound is measured."""
+        return self.eval()
 
     def phase_starts(self, epochs: int) -> list[int]:
         """Epochs at which the phases of training start; most models have one phase."""

@@ -178,6 +178,7 @@ class VLAE(VAE):
     """
 
     encoder_type = LaplaceEncoder
+    capturable = False  # a Newton step that fails is found by looking at numbers
 
     def __init__(self, shape: tuple[int, int, int], config: ModelConfig | None = None) -> None:
         super().__init__(shape, config or ModelConfig(encoder="vlae"))

@@ -15,8 +15,9 @@ import torch
 
 import gpvae
 from gpvae import training
+from gpvae.checkpoint import State, load_checkpoint, save_checkpoint
 from gpvae.errors import CheckpointError, ConfigError, TrainingError
-from gpvae.training import load_checkpoint, load_model, save_checkpoint, train
+from gpvae.training import load_model, train
 
 ENCODERS = sorted(training.MODELS)
 
@@ -54,14 +55,14 @@ def test_resumed_run_ends_with_the_same_bits(
 ):
     config = tiny_config.override(**{"model.encoder": encoder, "model.output": "bernoulli"})
     whole = train(config, blobs, tmp_path / "whole")
-    original = training._State.save
+    original = State.save
 
     def save_then_die(self, folder, config):
         original(self, folder, config)
         if self.epoch == epoch:
             raise Killed
 
-    monkeypatch.setattr(training._State, "save", save_then_die)
+    monkeypatch.setattr(State, "save", save_then_die)
     with pytest.raises(Killed):
         train(config, blobs, tmp_path / "cut")
     monkeypatch.undo()

@@ -1,0 +1,142 @@
+"""Everything that a run needs to go on, in one file that is written atomically."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpvae.config import RunConfig, differences
+from gpvae.errors import CheckpointError
+from gpvae.vae import VAE
+
+
+class State:
+    """Where a run is: model, optimiser, random numbers, what was best and the history.
+
+    Args:
+        model: the model that is trained.
+        optimizer: of its parameters.
+        generator: of all random numbers.
+        averages: moving averages of the parameters, or an empty list.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        averages: list[Tensor],
+    ) -> None:
+        self.model, self.optimizer, self.generator = model, optimizer, generator
+        self.averages = averages
+        self.epoch = self.best_epoch = 0
+        self.best_valid_elbo = -math.inf
+        self.best_weights = copy.deepcopy(model.state_dict())
+        self.history: list[dict[str, float]] = []
+        self.seconds_before = 0.0
+
+    def record(self, row: dict[str, float]) -> None:
+        """Keep a row of the history, and the model's present weights if its bound is the best."""
+        self.history.append(row)
+        if row["valid_elbo"] > self.best_valid_elbo:
+            self.best_valid_elbo, self.best_epoch = row["valid_elbo"], int(row["epoch"])
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+
+    def save(self, folder: Path, config: RunConfig) -> None:
+        """Write `checkpoint.pt`."""
+        save_checkpoint(
+            folder / "checkpoint.pt",
+            {
+                "config": json.dumps(config.to_dict()),
+                "model": self.model.state_dict(),
+                "best_weights": self.best_weights,
+                "averages": self.averages,
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(),
+                "epoch": self.epoch,
+                "best_epoch": self.best_epoch,
+                "best_valid_elbo": self.best_valid_elbo,
+                "history": self.history,
+            },
+        )
+
+    def load(self, folder: Path, config: RunConfig) -> None:
+        """Go on from `checkpoint.pt` if there is one."""
+        path = folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        saved = load_checkpoint(path, config)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        for average, value in zip(self.averages, saved["averages"], strict=True):
+            average.copy_(value)
+        self.best_weights = saved["best_weights"]
+        self.epoch, self.best_epoch = saved["epoch"], saved["best_epoch"]
+        self.best_valid_elbo, self.history = saved["best_valid_elbo"], saved["history"]
+        self.seconds_before = self.history[-1]["seconds"] if self.history else 0.0
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full; the old file stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path}: {error}. Free some space or make the folder writable, then "
+            "run the same command again; it continues from the last checkpoint."
+        ) from error
+
+
+STATE_KEYS = ("model", "best_weights", "averages", "optimizer", "generator", "history")
+
+
+def load_checkpoint(
+    path: Path, config: RunConfig | None = None, keys: Sequence[str] = STATE_KEYS
+) -> dict[str, Any]:
+    """Read a checkpoint without unpickling code, and compare its configuration if one is given.
+
+    Args:
+        path: of the file.
+        config: what it should belong to.
+        keys: what it must hold.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, or of another configuration.
+    """
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        old = json.loads(saved["config"])
+        missing = set(keys) - set(saved)
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+    except Exception as error:  # damaged files fail inside torch in many ways
+        raise CheckpointError(
+            f"{path} is not a checkpoint of gpvae, or is damaged "
+            f"({type(error).__name__}). Delete it to start this run again."
+        ) from error
+    changed = differences(old, config.to_dict()) if config else []
+    if changed:
+        raise CheckpointError(
+            f"{path} belongs to another configuration ({'; '.join(changed)}). "
+            "Delete it or use another folder."
+        )
+    return saved

@@ -1,0 +1,195 @@
+"""One optimisation step: a function that can be read, and the same replayed as a CUDA graph.
+
+On a GPU the step of a small VAE is some ninety kernels of a few microseconds each, and launching
+them takes longer than running them. A captured step is one launch. What it replays is the eager
+step itself, in the same order and with the same random numbers.
+
+References:
+    CUDA graphs in PyTorch, https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gpvae.config import RunConfig
+from gpvae.data.dataset import to_unit
+from gpvae.vae import VAE
+
+EAGER_STEPS = 3  # of each batch shape before capture: libraries and the optimiser set themselves up
+
+
+class Step:
+    """Batch, loss, backward, clip, step, for a model on its device.
+
+    Args:
+        model: in training mode.
+        optimizer: of its trainable parameters.
+        config: the run.
+        levels: grey levels of the stored pixels.
+        n_train: number of training images, N.
+        generator: of all random numbers, on the model's device.
+        averages: moving average of each trainable parameter, updated here; empty for none.
+
+    Attributes:
+        names: of the loss terms, known after the first call.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        levels: int,
+        n_train: int,
+        generator: torch.Generator,
+        averages: list[Tensor],
+    ) -> None:
+        self.model, self.optimizer, self.training = model, optimizer, config.training
+        self.levels, self.n_train, self.generator = levels, n_train, generator
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averages = averages
+        self.names: list[str] = []
+        self.kl_weight = torch.ones((), device=self.parameters[0].device)
+        self.captured = captures(config, model)
+        if self.captured:  # a number would be frozen into the graph
+            for group in optimizer.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], device=self.kl_weight.device).clone()
+        self.run = self._fresh()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """One step on stored pixels [B, C, H, W]; the loss terms in nats per image, [terms]."""
+        return self.run(pixels)
+
+    def start_epoch(self, epoch: int, epochs: int, new_phase: bool) -> None:
+        """Set what is constant within an epoch (counted from 0), without waiting for a GPU."""
+        rate = learning_rate(epoch, epochs, self.training.schedule, self.training.learning_rate)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.kl_weight.fill_(min(1.0, (epoch + 1) / max(1, self.training.kl_warmup)))
+        if new_phase:  # the model computes something else now, perhaps from other weights
+            self.run = self._fresh()
+            if self.averages:
+                torch._foreach_copy_(self.averages, [p.detach() for p in self.parameters])
+
+    def eager(self, pixels: Tensor) -> Tensor:
+        """The step itself."""
+        x = self.model.generative.output.augment(to_unit(pixels, self.levels), self.generator)
+        terms = self.model.loss_terms(x, self.n_train, self.generator)
+        loss = weighted_sum(terms, self.kl_weight if self.training.kl_warmup else None)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
+        self.optimizer.step()
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - self.training.average)
+        self.names[:] = terms
+        return torch.stack([value.detach() for value in terms.values()])
+
+    def _fresh(self) -> Callable[[Tensor], Tensor]:
+        return Captured(self.eager, self.generator) if self.captured else self.eager
+
+
+def captures(config: RunConfig, model: VAE) -> bool:
+    """Whether the steps of this run are replayed as CUDA graphs."""
+    on_gpu = next(model.parameters()).is_cuda
+    return config.training.capture and on_gpu and model.capturable
+
+
+def weighted_sum(terms: dict[str, Tensor], kl_weight: Tensor | None) -> Tensor:
+    """The loss: all terms, the KL times its weight."""
+    if kl_weight is not None:
+        terms = terms | {"kl": kl_weight * terms["kl"]}
+    return sum(terms.values())
+
+
+def learning_rate(epoch: int, epochs: int, schedule: str, first: float) -> float:
+    """The learning rate of an epoch, counted from 0."""
+    return first * 0.5 * (1 + math.cos(math.pi * epoch / epochs)) if schedule == "cosine" else first
+
+
+class Captured:
+    """A function of one tensor, replayed as a CUDA graph for each shape of its argument.
+
+    The first `EAGER_STEPS` calls of a shape run eagerly. They are real calls, not rehearsals, so
+    the sequence of states is that of the eager function. It must not wait for the GPU or branch on
+    the GPU's numbers, and what it reads besides its argument must stay in place.
+
+    Args:
+        function: from a tensor to a tensor.
+        generator: the one it draws from.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
+        self.function, self.generator = function, generator
+        self.calls: dict[tuple[int, ...], int] = {}
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, argument: Tensor) -> Tensor:
+        shape = tuple(argument.shape)
+        self.calls[shape] = self.calls.get(shape, 0) + 1
+        if self.calls[shape] <= EAGER_STEPS:
+            return self._aside(argument)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(argument)
+        graph, place, result = self.graphs[shape]
+        place.copy_(argument)
+        graph.replay()
+        return result.clone()
+
+    def _aside(self, argument: Tensor) -> Tensor:
+        """Run on a stream of its own, as capture needs of the calls before it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = self.function(argument)
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def _capture(self, argument: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Record the function; nothing is computed and no random number drawn."""
+        graph, place = torch.cuda.CUDAGraph(), argument.clone()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            result = self.function(place)
+        return graph, place, result
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being recorded, when code must not look at numbers."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def swapped(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Parameters hold other values for a while; nothing happens without values."""
+    if not values:
+        yield
+        return
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, before)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """float32 matrix products as TF32 where that is asked for and the GPU can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
