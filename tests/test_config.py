@@ -36,6 +36,7 @@ def changed(value):
         "all": "weights",
         "mlp": "conv",
         "float32": "bfloat16",
+        "constant": "cosine",
         None: 17,
     }.get(value, f"{value}x")
 
