@@ -24,6 +24,7 @@ SCHEDULES = ("constant", "cosine")
 COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
 MOST_STEPS = 1000  # of an encoder's refinement; far above any use, against typing errors
+PARTS = ("test", "valid")
 REFITS = ("all", "weights")
 METHODS = ("vae", "gpvae", "svi", "savae", "iaf", "hf", "me", "rme", "vlae")
 
@@ -264,8 +265,18 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Test-time estimates: S importance samples, and whether to optimise each posterior."""
+    """Estimates of the trained model.
 
+    Args:
+        part: images that they are made on: "test", or "valid" for runs that choose
+            hyperparameters and must not see the test images.
+        samples: S, importance samples.
+        elbo_samples: posterior samples of each bound.
+        gaps: whether to optimise each image's posterior.
+        seed: of all noise.
+    """
+
+    part: str = "test"
     samples: int = 500
     elbo_samples: int = 1000
     gaps: bool = True
@@ -290,9 +301,10 @@ class RunConfig:
         """What the run is called in rows and folders; its hash tells configurations apart."""
         size = self.data.train_size or "all"
         model = self.model
+        candidate = f"-tuning{self.hash()[:6]}" if self.evaluation.part == "valid" else ""
         return (
             f"{self.data.name}-{model.output}-d{model.latent_dim}-n{size}"
-            f"-{model.method}-s{self.seed}"
+            f"-{model.method}{candidate}-s{self.seed}"
         )
 
     def override(self, **values: Any) -> RunConfig:
@@ -393,6 +405,7 @@ def _check(config: RunConfig) -> None:
         ("network", m.network, NETWORKS),
         ("precision", m.precision, PRECISIONS),
         ("schedule", t.schedule, SCHEDULES),
+        ("part of the data for evaluation", e.part, PARTS),
         ("covariance", gp.covariance, COVARIANCES),
     ):
         if value not in known:
@@ -444,7 +457,7 @@ class Profile:
         outputs: output distributions of the benchmark table.
         train_sizes: sizes of the training-size curve; None is the base configuration's.
         variations: further runs by name of the question that they answer: changes of the base
-            configuration, each run with every seed and the first output.
+            configuration, each run with every seed and the first output unless it names one.
         notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
         workers: processes that share the runs; None for one on each core. Starting them takes
             longer than very short runs.
@@ -478,13 +491,14 @@ class Profile:
         ]
 
     def variation(self, name: str) -> list[RunConfig]:
-        """The runs of one entry of `variations`, seeds innermost."""
+        """The runs of one entry of `variations`, each once, seeds innermost."""
         first = {"model.output": self.outputs[0]}
-        return [
-            self.base.override(**first, **changes, seed=seed)
+        runs = [
+            self.base.override(**{**first, "seed": seed, **changes})
             for changes in self.variations[name]
             for seed in self.seeds
         ]
+        return list(dict.fromkeys(runs))
 
     def size_runs(self) -> list[RunConfig]:
         """The runs of the training-size curve that are not runs of the table, for one output."""
@@ -566,6 +580,16 @@ def _cpu_presets() -> dict[str, RunConfig]:
 CPU_PRESETS = _cpu_presets()
 
 
+def _vae_candidates() -> tuple[dict[str, Any], ...]:
+    """Step sizes and activations, of which the VAE's validation bound picks one for all methods."""
+    common = {"evaluation.part": "valid", "evaluation.gaps": False, "seed": 0}
+    return tuple(
+        {"training.learning_rate": rate, "model.activation": activation, **common}
+        for activation in ("relu", "elu")
+        for rate in (5e-4, 1e-3, 2e-3)
+    )
+
+
 def _step_counts() -> tuple[dict[str, Any], ...]:
     """Every rival at each number of steps, flows or components of its paper's tables."""
     keys = {
@@ -621,7 +645,12 @@ def _profiles() -> dict[str, Profile]:
             seeds=(0, 1, 2),
             variations={"steps": _step_counts()},
         ),
-        "cpu": Profile("cpu", CPU_PRESETS["mnist"], encoders=METHODS),
+        "cpu": Profile(
+            "cpu",
+            CPU_PRESETS["mnist"],
+            encoders=METHODS,
+            variations={"tuning": _vae_candidates()},
+        ),
         "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
     }
 

@@ -99,7 +99,7 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     start = time.monotonic()
     model = trained(config, profile, data, log)
     seconds = {"train": model.history[-1]["seconds"]}
-    x = evaluation_images(data, "test", config)
+    x = evaluation_images(data, config.evaluation.part, config)
     with cpu_threads(config.training.threads), matmul_precision(config.model.precision):
         estimates, arrays = evaluate(model.model, x, config)
     seconds["evaluate"] = round(time.monotonic() - start, 3) - seconds["train"]

@@ -37,6 +37,7 @@ def changed(value):
         "mlp": "conv",
         "float32": "bfloat16",
         "constant": "cosine",
+        "test": "valid",
         None: 17,
     }.get(value, f"{value}x")
 
