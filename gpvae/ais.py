@@ -38,7 +38,7 @@ from gpvae.evaluate import Estimate
 from gpvae.noise import image_noise
 from gpvae.outputs import Bernoulli, DiscretisedLogistic, Gaussian, Output, PixelGaussian
 from gpvae.posteriors import DiagonalGaussian, Posterior
-from gpvae.search import images_at_once
+from gpvae.search import in_blocks
 from gpvae.svi import prior
 from gpvae.vae import VAE, Generative
 
@@ -203,14 +203,14 @@ def log_weights(
 ) -> tuple[Tensor, Tensor]:
     """Log weights [M, N] and acceptance [N]; reverse runs from `exact` latents [N, D] if given."""
     q = prior(x, generative.latent_dim) if base is None else base.gaussian()
-    parts = []
-    for index in torch.arange(len(x), device=x.device).split(
-        images_at_once(generative, x, options.chains)
-    ):
+
+    def of_block(index: slice) -> tuple[Tensor, Tensor]:
         path = AnnealingPath(generative, x[index], q[index], options)
         steps = path.pilot()
-        parts.append(path.forward(steps) if exact is None else path.reverse(steps, exact[index]))
-    weights, accepted = zip(*parts, strict=True)
+        return path.forward(steps) if exact is None else path.reverse(steps, exact[index])
+
+    blocks = in_blocks(generative, x, options.chains, of_block)
+    weights, accepted = zip(*blocks, strict=True)
     return torch.cat(weights, 1), torch.cat(accepted)
 
 

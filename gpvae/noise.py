@@ -120,11 +120,11 @@ def image_noise(x: Tensor, samples: int, dim: int, seed: int | Tensor = 0) -> Te
 
 
 def image_keys(x: Tensor) -> Tensor:
-    """32 bits of hash for each image's pixels, [B]; float64 pixels count as rounded to float32.
+    """32 bits of hash for each image's pixels, [B]; equal pixels in float32 and float64 agree.
 
     Only integers are summed, so the order of sums cannot matter.
     """
-    bits = x.detach().flatten(1).float().view(torch.int32)
+    bits = x.detach().flatten(1).double().view(torch.int32)  # two words for each pixel
     place = torch.arange(1, bits.shape[1] + 1, device=x.device, dtype=torch.int32)
     return _mix(_mix(bits ^ _mix(place)).sum(-1, dtype=torch.int32))
 

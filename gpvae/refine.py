@@ -29,6 +29,7 @@ from gpvae.search import (
     SearchOptions,
     SearchState,
     advance,
+    decoded_at_once,
     in_blocks,
 )
 from gpvae.svi import gaussians, measured
@@ -204,8 +205,9 @@ def trajectory(
 
     Without a stopping rule: every image takes all steps. `counts` rises from 0.
     """
+    samples = decoded_at_once(options, generative.latent_dim)
     blocks = in_blocks(
-        generative, x, options, lambda i: _trajectory_block(generative, x[i], q[i], counts, options)
+        generative, x, samples, lambda i: _trajectory_block(generative, x[i], q[i], counts, options)
     )
     return [
         DiagonalGaussian(torch.cat([q.mean for q in part]), torch.cat([q.std for q in part]))

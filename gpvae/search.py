@@ -126,18 +126,25 @@ def search(
             "or have a standard deviation of 0."
         )
     q = DiagonalGaussian(q.mean.detach(), q.std.detach())
+    samples = decoded_at_once(options, generative.latent_dim)
     parts = in_blocks(
-        generative, x, options, lambda i: _search_block(generative, x[i], q[i], options)
+        generative, x, samples, lambda i: _search_block(generative, x[i], q[i], options)
     )
     means, stds, converged, steps = (torch.cat(part) for part in zip(*parts, strict=True))
     return DiagonalGaussian(means, stds), converged, steps
 
 
+def decoded_at_once(options: SearchOptions, latent_dim: int) -> int:
+    """How many samples of an image are decoded at once in a search."""
+    return max(options.step_samples(latent_dim), MEASURE_SAMPLES)
+
+
 def in_blocks(
-    generative: Generative, x: Tensor, options: SearchOptions, function: Callable[[slice], T]
+    generative: Generative, x: Tensor, samples: int, function: Callable[[slice], T]
 ) -> list[T]:
-    """Results of `function` for blocks of the images x that can move at once (see `Memory`)."""
-    samples = max(options.step_samples(generative.latent_dim), MEASURE_SAMPLES)
+    """Results of `function` for blocks of images that, each decoded `samples` times, fit into
+    memory together (see `Memory`).
+    """
     image = samples * math.prod(generative.shape) * x.element_size() * TEMPORARIES
     memory = Memory(CPU_BYTES if x.device.type == "cpu" else None, x.device)
     return memory.chunks(function, len(x), image)

@@ -149,7 +149,7 @@ def test_an_image_does_not_depend_on_its_batch(linear_gaussian, monkeypatch):
     for index in (order, slice(7, 8)):
         other = annealed_log_likelihood(known.model, x[index], options).estimate.value
         torch.testing.assert_close(other, whole[index], rtol=1e-9, atol=0)
-    monkeypatch.setattr("gpvae.search.MEMORY", 1)  # one image at a time
+    monkeypatch.setattr("gpvae.search.CPU_BYTES", 1)  # one image at a time
     blocks = annealed_log_likelihood(known.model, x, options).estimate.value
     torch.testing.assert_close(blocks, whole, rtol=1e-9, atol=0)
 
