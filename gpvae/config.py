@@ -21,10 +21,16 @@ OUTPUTS = ("bernoulli", "gaussian", "logistic", "pixel-gaussian")
 NETWORKS = ("conv", "mlp")
 PRECISIONS = ("bfloat16", "float32", "tf32")
 SCHEDULES = ("constant", "cosine")
+BOUNDS = ("expected", "marginal")
 COVARIANCES = ("diagonal", "full", "low-rank")
 ACTIVATIONS = ("elu", "relu", "tanh")
 MOST_STEPS = 1000  # of an encoder's refinement; far above any use, against typing errors
 PARTS = ("test", "valid")
+NOT_WEIGHTED = {  # encoders without an importance-weighted objective, and why
+    "me": "samples of a mixture carry no gradient of its weights",
+    "rme": "samples of a mixture carry no gradient of its weights",
+    "savae": "its inner steps ascend the ELBO",
+}
 REFITS = ("all", "weights")
 METHODS = ("vae", "gpvae", "svi", "savae", "iaf", "hf", "me", "rme", "vlae")
 
@@ -52,6 +58,10 @@ class GPConfig:
         rank: rank of the low-rank part.
         initial_std: posterior standard deviation of each weight at the start (prior: 1).
         random_mean, random_std: which of f and h is random; the other is deterministic.
+        residual: give f(x) a further, independent error e(x) ~ N(0, r(x)^2) for each image, with
+            r(x) from the encoder, which no posterior over weights can express.
+        bound: "expected" is E_{f, h} ELBO, the paper's; "marginal" is the tighter ELBO of the
+            predictive density q(z | x) = E_{f, h} q(z | x, f, h).
     """
 
     features: int = 100
@@ -62,6 +72,8 @@ class GPConfig:
     initial_std: float = 0.1
     random_mean: bool = True
     random_std: bool = True
+    residual: bool = False
+    bound: str = "expected"
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,8 @@ class ModelConfig:
         output: distribution of the pixels.
         levels: grey levels of the data, for the "logistic" output and for dequantisation.
         dequantise: add uniform noise of one grey level; for the "gaussian" output only.
+        importance_samples: k of the training objective E log 1/k sum_k p(x, z) / q(z | x) of
+            importance-weighted autoencoders; 1 is the ELBO.
         precision: of the arithmetic inside the networks: "float32" (the reference), "tf32" (its
             matrix products rounded to 10 bits on GPUs that can) or "bfloat16"; densities are
             never below float32.
@@ -201,6 +215,7 @@ class ModelConfig:
     output: str = "gaussian"
     levels: int = 256
     dequantise: bool = False
+    importance_samples: int = 1
     precision: str = "float32"
     gp: GPConfig = field(default_factory=GPConfig)
     savae: SAVAEConfig = field(default_factory=SAVAEConfig)
@@ -213,10 +228,11 @@ class ModelConfig:
         """The encoder with its number of steps or components, such as `iaf4`; for GPVAE with the
         options that differ from the defaults, such as `gpvae-features800`.
         """
+        weighted = f"-iw{self.importance_samples}" if self.importance_samples > 1 else ""
         if self.encoder == "gpvae":
             defaults = asdict(GPConfig())
             changed = {k: v for k, v in asdict(self.gp).items() if v != defaults[k]}
-            return "-".join(["gpvae", *(f"{k}{v}" for k, v in changed.items())])
+            return "-".join(["gpvae", *(f"{k}{v}" for k, v in changed.items())]) + weighted
         counts = {
             "hf": self.flow.steps,
             "iaf": self.flow.steps,
@@ -225,7 +241,7 @@ class ModelConfig:
             "savae": self.savae.steps,
             "vlae": self.vlae.steps,
         }
-        return f"{self.encoder}{counts.get(self.encoder, '')}"
+        return f"{self.encoder}{counts.get(self.encoder, '')}{weighted}"
 
 
 @dataclass(frozen=True)
@@ -407,11 +423,13 @@ def _check(config: RunConfig) -> None:
         ("schedule", t.schedule, SCHEDULES),
         ("part of the data for evaluation", e.part, PARTS),
         ("covariance", gp.covariance, COVARIANCES),
+        ("bound", gp.bound, BOUNDS),
     ):
         if value not in known:
             raise ConfigError(unknown(kind, value, known))
     positive = {
         "model.latent_dim": m.latent_dim,
+        "model.importance_samples": m.importance_samples,
         "model.gp.features": gp.features,
         "model.gp.rank": gp.rank,
         "model.gp.amplitude": gp.amplitude,
@@ -438,6 +456,11 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("model.network is 'conv', but model.channels is empty.")
     if m.dequantise and m.output != "gaussian":
         raise ConfigError(f"model.dequantise goes with a gaussian output, not with {m.output}.")
+    if m.importance_samples > 1 and m.encoder in NOT_WEIGHTED:
+        raise ConfigError(
+            f"model.importance_samples is {m.importance_samples} with encoder {m.encoder!r}: "
+            f"{NOT_WEIGHTED[m.encoder]}. Expected 1, or another encoder."
+        )
     if not 0 <= t.average < 1:
         raise ConfigError(f"training.average is {t.average}; expected 0 <= it < 1.")
     if t.kl_warmup < 0:

@@ -160,6 +160,11 @@ class RandomFunctionEncoder(GaussianEncoder):
         self.psi_head = nn.Linear(self.trunk.out_features, gp.features)
         self.f_weights = weights(config.latent_dim, gp.features, gp) if gp.random_mean else None
         self.h_weights = weights(config.latent_dim, gp.features, gp) if gp.random_std else None
+        self.marginal = gp.bound == "marginal"
+        self.residual_head = None
+        if gp.residual:
+            self.residual_head = nn.Linear(self.trunk.out_features, config.latent_dim)
+            nn.init.constant_(self.residual_head.bias, math.log(gp.initial_std))
 
     def psi(self, x: Tensor) -> Tensor:
         """Kernel features, [B, M]; k(x, x') = psi(x)^T psi(x')."""
@@ -173,7 +178,9 @@ class RandomFunctionEncoder(GaussianEncoder):
         zero = torch.zeros_like(b)
         f, f_std = self.f_weights(psi) if self.f_weights is not None else (zero, zero)
         h, h_std = self.h_weights(psi) if self.h_weights is not None else (zero, zero)
-        return RandomFunctionPosterior(f + b, f_std, h + c, h_std)
+        if self.residual_head is not None:
+            f_std = torch.hypot(f_std, self.residual_head(r).exp())
+        return RandomFunctionPosterior(f + b, f_std, h + c, h_std, marginal=self.marginal)
 
     def weight_kl(self) -> Tensor:
         """KL(q(W) || p(W)) + KL(q(U) || p(U)), in nats for the whole training set."""

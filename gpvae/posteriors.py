@@ -114,7 +114,8 @@ class RandomFunctionPosterior(Posterior):
     - `log_prob` is that density, exactly: for each latent dimension it is the one-dimensional
       E_h N(z; F, S^2 + h^2), by quadrature in log space (`quadrature`).
     - `kl` is the *expected* KL, E_{f, h} KL(N(f, h^2) || N(0, 1)), as in the training objective.
-      By convexity it is at least the KL of the predictive density.
+      By convexity it is at least the KL of the predictive density, for which `marginal` asks: it
+      has no closed form, so `kl` is None then and the bound samples log q(z | x) instead.
     - `gaussian` is the moment-matched stand-in, N(F, S^2 + H^2 + T^2).
 
     References:
@@ -126,14 +127,21 @@ class RandomFunctionPosterior(Posterior):
         f_mean, f_std: F and S, [B, D]; S may be zero.
         h_mean, h_std: H and T, [B, D]; T may be zero where H is not.
         nodes: Q, for the quadrature over h.
+        marginal: whether bounds are those of the predictive density.
     """
 
     def __init__(
-        self, f_mean: Tensor, f_std: Tensor, h_mean: Tensor, h_std: Tensor, nodes: int = 48
+        self,
+        f_mean: Tensor,
+        f_std: Tensor,
+        h_mean: Tensor,
+        h_std: Tensor,
+        nodes: int = 48,
+        marginal: bool = False,
     ) -> None:
         self.f_mean, self.f_std = f_mean, f_std
         self.h_mean, self.h_std = h_mean, h_std
-        self.nodes = nodes
+        self.nodes, self.marginal = nodes, marginal
 
     @property
     def mean(self) -> Tensor:
@@ -182,7 +190,9 @@ class RandomFunctionPosterior(Posterior):
         variance = (f_std**2 + h**2).clamp_min(1e-300)  # a node may fall on h = 0 where S = 0
         return variance, log_weights - log_weights.logsumexp(0)
 
-    def kl(self) -> Tensor:
+    def kl(self) -> Tensor | None:
+        if self.marginal:
+            return None
         second_moments = self.f_mean**2 + self.f_std**2 + self.h_mean**2 + self.h_std**2
         log_h_square = expected_log_square(self.h_mean, self.h_std)
         return 0.5 * (second_moments - 1 - log_h_square).sum(-1)
@@ -197,4 +207,4 @@ class RandomFunctionPosterior(Posterior):
 
     def __getitem__(self, index: slice | Tensor) -> RandomFunctionPosterior:
         parts = (self.f_mean, self.f_std, self.h_mean, self.h_std)
-        return RandomFunctionPosterior(*(p[index] for p in parts), nodes=self.nodes)
+        return RandomFunctionPosterior(*(p[index] for p in parts), self.nodes, self.marginal)

@@ -99,6 +99,7 @@ class VAE(nn.Module):
         super().__init__()
         config = config or ModelConfig()
         self.temperature = 1.0
+        self.importance_samples = config.importance_samples
         self.generative = Generative(shape, config)
         self.encoder = self.encoder_type(shape, config)
 
@@ -142,8 +143,15 @@ class VAE(nn.Module):
     def loss_terms(self, x: Tensor, n_train: int, source: Source = None) -> dict[str, Tensor]:
         """Terms of the loss, in nats per image, each averaged over the batch; their sum is
         minimised: -E log p(x | z) + KL + temperature * weight KL / N.
+
+        With k > 1 importance samples the first two are replaced by minus the bound of
+        importance-weighted autoencoders (Burda et al., 2016, https://arxiv.org/abs/1509.00519),
+        split into its weighted mean of -log p(x | z) and the rest.
         """
-        log_lik, kl = self.bound_terms(x, source=source)
+        if self.importance_samples > 1:
+            log_lik, kl = self.importance_weighted_terms(x, source)
+        else:
+            log_lik, kl = self.bound_terms(x, source=source)
         return {
             "reconstruction": -log_lik.mean(),
             "kl": kl.mean(),
@@ -153,6 +161,16 @@ class VAE(nn.Module):
     def for_validation(self) -> VAE:
         """The model in the mode in which its validation bound is measured."""
         return self.eval()
+
+    def importance_weighted_terms(self, x: Tensor, source: Source = None) -> tuple[Tensor, Tensor]:
+        """Two terms, [B] each, whose difference is log 1/k sum_k p(x, z_k) / q(z_k | x)."""
+        k = self.importance_samples
+        z, log_q = self(x).rsample_with_log_prob((k,), source)
+        log_lik = self.generative.log_likelihood(x, z)
+        log_w = log_lik + self.generative.log_prior(z) - log_q  # [k, B]
+        bound = log_w.logsumexp(0) - math.log(k)
+        mean_log_lik = (log_w.softmax(0) * log_lik).sum(0)
+        return mean_log_lik, mean_log_lik - bound
 
     def phase_starts(self, epochs: int) -> list[int]:
         """Epochs at which the phases of training start; most models have one phase."""

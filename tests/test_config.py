@@ -38,6 +38,7 @@ def changed(value):
         "float32": "bfloat16",
         "constant": "cosine",
         "test": "valid",
+        "expected": "marginal",
         None: 17,
     }.get(value, f"{value}x")
 
