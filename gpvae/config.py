@@ -613,6 +613,28 @@ def _vae_candidates() -> tuple[dict[str, Any], ...]:
     )
 
 
+def _gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
+    """GPVAE with one option changed at a time: where might random functions help?"""
+
+    def each(key: str, values: tuple[Any, ...], **more: Any) -> tuple[dict[str, Any], ...]:
+        return tuple({"model.encoder": "gpvae", key: value, **more} for value in values)
+
+    def scarce(size: int) -> tuple[dict[str, Any], ...]:
+        return each("model.gp.features", (20, 100, 400, 1600), **{"data.train_size": size})
+
+    marginal = {"model.gp.bound": "marginal"}
+    return {
+        "features": each("model.gp.features", (20, 100, 400, 1600)),
+        "amplitude": each("model.gp.amplitude", (0.3, 1.0, 3.0, 10.0)),
+        "temperature": each("model.gp.temperature", (0.0, 0.1, 1.0, 10.0)),
+        "initial-std": each("model.gp.initial_std", (0.01, 0.1, 1.0)),
+        "covariance": each("model.gp.covariance", ("diagonal", "low-rank", "full")),
+        "residual": each("model.gp.residual", (False, True))
+        + each("model.gp.residual", (False, True), **marginal),
+        "scaling": tuple(c for size in (100, 250, 600) for c in scarce(size)),
+    }
+
+
 def _step_counts() -> tuple[dict[str, Any], ...]:
     """Every rival at each number of steps, flows or components of its paper's tables."""
     keys = {
@@ -668,6 +690,7 @@ def _profiles() -> dict[str, Profile]:
             seeds=(0, 1, 2),
             variations={"steps": _step_counts()},
         ),
+        "regimes": Profile("regimes", digits, variations=_gp_regimes()),
         "cpu": Profile(
             "cpu",
             CPU_PRESETS["mnist"],

@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -78,7 +79,8 @@ class Step:
         if new_phase:  # the model computes something else now, perhaps from other weights
             self.run = self._fresh()
             if self.averages:
-                torch._foreach_copy_(self.averages, [p.detach() for p in self.parameters])
+                with torch.no_grad():
+                    torch._foreach_copy_(self.averages, self.parameters)
 
     def eager(self, pixels: Tensor) -> Tensor:
         """The step itself."""
@@ -90,7 +92,8 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
         self.optimizer.step()
         if self.averages:
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - self.training.average)
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, self.parameters, 1 - self.training.average)
         self.names[:] = terms
         return torch.stack([value.detach() for value in terms.values()])
 
@@ -149,7 +152,9 @@ class Captured:
         """Run on a stream of its own, as capture needs of the calls before it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            # The optimiser, made for capture, wonders about eager steps.
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")
             result = self.function(argument)
         torch.cuda.current_stream().wait_stream(stream)
         return result
