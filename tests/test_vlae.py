@@ -17,7 +17,14 @@ from gpvae.errors import ConfigError, TrainingError
 from gpvae.evaluate import log_likelihood
 from gpvae.full_gaussian import FullGaussian
 from gpvae.outputs import Bernoulli, DiscretisedLogistic, Gaussian, PixelGaussian
-from gpvae.vlae import VLAE, check_jacobian, decoder_jacobian, newton_terms, pixel_derivatives
+from gpvae.vlae import (
+    VLAE,
+    JacobianProducts,
+    check_jacobian,
+    decoder_jacobian,
+    newton_terms,
+    pixel_derivatives,
+)
 
 SHAPE = (1, 4, 4)
 
@@ -363,3 +370,15 @@ class Constant(nn.Module):
 
     def forward(self, x):
         return torch.ones(len(x), self.width, dtype=x.dtype)
+
+
+def test_products_with_the_jacobian_and_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 2, 7), (3, 7), (3, 7))
+    j, d, w = (
+        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    )
+    product, gram = JacobianProducts.apply(j, d, w)
+    torch.testing.assert_close(product, torch.einsum("bdp,bp->bd", j, d))
+    torch.testing.assert_close(gram, torch.einsum("bdp,bp,bep->bde", j, w, j))
+    assert torch.autograd.gradcheck(JacobianProducts.apply, (j, d, w))
