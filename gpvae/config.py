@@ -588,7 +588,7 @@ def _cpu_presets() -> dict[str, RunConfig]:
         "model.activation": "elu",
         "model.vlae.steps": 1,
         "training.epochs": 30,
-        "training.learning_rate": 2e-3,
+        "training.learning_rate": 4e-3,
         "training.schedule": "cosine",
         "training.evaluate_every": 5,
         "training.valid_samples": 4,
@@ -616,7 +616,7 @@ def _vae_candidates() -> tuple[dict[str, Any], ...]:
         }
         for activation in ("relu", "elu")
         for schedule in ("constant", "cosine")
-        for rate in (1e-3, 2e-3, 4e-3)
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
     )
 
 
