@@ -51,23 +51,24 @@ class State:
             self.best_valid_elbo, self.best_epoch = row["valid_elbo"], int(row["epoch"])
             self.best_weights = copy.deepcopy(self.model.state_dict())
 
+    def content(self, config: RunConfig) -> dict[str, Any]:
+        """What `save` writes; the tensors are those in use, not copies."""
+        return {
+            "config": json.dumps(config.to_dict()),
+            "model": self.model.state_dict(),
+            "best_weights": self.best_weights,
+            "averages": self.averages,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch,
+            "best_epoch": self.best_epoch,
+            "best_valid_elbo": self.best_valid_elbo,
+            "history": self.history,
+        }
+
     def save(self, folder: Path, config: RunConfig) -> None:
         """Write `checkpoint.pt`."""
-        save_checkpoint(
-            folder / "checkpoint.pt",
-            {
-                "config": json.dumps(config.to_dict()),
-                "model": self.model.state_dict(),
-                "best_weights": self.best_weights,
-                "averages": self.averages,
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "epoch": self.epoch,
-                "best_epoch": self.best_epoch,
-                "best_valid_elbo": self.best_valid_elbo,
-                "history": self.history,
-            },
-        )
+        save_checkpoint(folder / "checkpoint.pt", self.content(config))
 
     def load(self, folder: Path, config: RunConfig) -> None:
         """Go on from `checkpoint.pt` if there is one."""

@@ -15,7 +15,13 @@ from gpvae.errors import GPVAEError, TrainingError
 
 # Each offers add_parser(subparsers) and sets `run(args) -> int`. None may import torch at its
 # top level: `gpvae --help` answers at once.
-MODULES = ("gpvae.reproduce", "gpvae.train_command", "gpvae.data.cli")
+MODULES = (
+    "gpvae.reproduce",
+    "gpvae.train_command",
+    "gpvae.sweep_command",
+    "gpvae.bench.command",
+    "gpvae.data.cli",
+)
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,11 @@ import torch
 from gpvae import events, paths
 from gpvae.config import RunConfig
 from gpvae.data import Dataset, load_dataset
+from gpvae.ensemble import seed_groups, train_seeds
 from gpvae.errors import GPVAEError, TrainingError
 from gpvae.evaluate import Estimate, elbo, log_likelihood
 from gpvae.gaps import decompose
+from gpvae.processes import make_executor
 from gpvae.refine import study
 from gpvae.results import Results, Row, code_hash, run_key, stale_reason, versions
 from gpvae.search import SearchOptions
@@ -229,50 +230,70 @@ def run_all(
     Raises:
         TrainingError: at the end, naming the runs that failed; the others' rows are kept.
     """
-    workers = workers or default_workers(configs)
-    results = Results(profile)
-    rows: dict[str, Row] = {}
-    failures: list[str] = []
-    started = time.monotonic()
+    from gpvae.sweep import sweep  # which imports this module
 
-    def finished(config: RunConfig, result: Callable[[], Row]) -> None:
-        try:
-            row = rows[config.name] = result()
-        except GPVAEError as error:
-            failures.append(f"{config.name}: {error}")
-            events.record(profile, "row", config.name, "failed", str(error))
-            return
-        done = len(rows) + len(failures)
-        log(
-            f"[{time.monotonic() - started:6.1f} s] {done}/{len(configs)} {config.name}: "
-            f"log p(x) >= {row['log_likelihood']['mean']:.2f} nats"
+    workers = min(workers or default_workers(configs), max(1, len(configs)))
+    with make_executor(workers) as executor:
+        outcome = sweep(
+            {profile: configs},
+            executor,
+            log,
+            fresh_since=fresh_since,
+            catch=GPVAEError,
+            log_done=True,
         )
-
-    pending = []
-    for config in configs:
-        if _status(results, config, load_data(config), fresh_since)[0] == "reused":
-            finished(config, lambda c=config: run(c, profile, fresh_since, log))
-        else:
-            pending.append(config)
-    if workers == 1 or len(pending) <= 1:
-        for config in pending:
-            finished(config, lambda c=config: run(c, profile, fresh_since, log))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(pending)), context) as pool:
-            futures = {pool.submit(run, c, profile, fresh_since, _quiet): c for c in pending}
-            try:
-                for future in as_completed(futures):
-                    finished(futures[future], future.result)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    if failures:
+    if outcome.failures:
         raise TrainingError(
-            f"{len(failures)} of {len(configs)} runs failed; the others are kept.\n"
-            + "\n".join(failures)
+            f"{len(outcome.failures)} of {len(configs)} runs failed; the others are kept.\n"
+            + "\n".join(f"{name}: {f.message}" for (_, name), f in outcome.failures.items())
         )
-    return [rows[config.name] for config in configs]
+    return [outcome.rows[profile, config.name] for config in configs]
+
+
+def train_together(configs: Sequence[RunConfig], profile: str, log: Log = print) -> None:
+    """Train runs that differ in their seed only side by side on a GPU, which one would leave idle.
+
+    Their checkpoints then lie where `trained` finds them. It is left to `trained` to train what
+    runs on the CPU, has no companion, has begun already or is not `gpvae.ensemble.batchable`, and
+    everything that fails here.
+
+    Args:
+        configs: runs that are about to be made.
+        profile: whose results folder holds their checkpoints.
+        log: called with progress lines.
+    """
+    lone = [
+        c.override(**{"model.encoder": "vae"}) if c.model.encoder == "svi" else c for c in configs
+    ]
+    for group in seed_groups(lone):
+        if _on_gpu(group[0]):
+            _train_group(group, profile, load_data(group[0]), log)
+
+
+def _train_group(group: list[RunConfig], profile: str, data: Dataset, log: Log) -> None:
+    place = _group_folder(group, profile, data)
+    if not place.exists():  # otherwise it was cut, perhaps while the runs' checkpoints were written
+        folders = {c: run_folder(c, profile, data) for c in group}
+        group = [c for c in group if not (folders[c] / "checkpoint.pt").exists()]
+        place = _group_folder(group, profile, data)
+    if len(group) < 2:
+        return
+    log(f"{group[0].name}: trained together with {len(group) - 1} other seeds")
+    try:
+        with cpu_threads(group[0].training.threads):
+            train_seeds(group, data, place, [run_folder(c, profile, data) for c in group], log)
+    except GPVAEError as error:
+        log(f"seeds are trained one after another, as together they failed: {error}")
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _group_folder(group: list[RunConfig], profile: str, data: Dataset) -> Path:
+    keys = "".join(run_key(config, data.hash) for config in group)
+    return paths.results(profile) / "ensembles" / hashlib.sha256(keys.encode()).hexdigest()[:12]
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    return torch.cuda.is_available() and config.training.device != "cpu"
 
 
 def default_workers(configs: Sequence[RunConfig]) -> int:

@@ -11,10 +11,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gpvae import events, paths
+from gpvae.analysis import POLICIES, SYMBOLS, Decomposition, Refinement
 from gpvae.stats import Interval
-from gpvae.tables import LABELS
+from gpvae.tables import LABELS, MISSING
 
 COLUMN, TEXT = 3.4, 7.0  # widths in inches
 _PALETTE = sns.color_palette("colorblind")
@@ -22,13 +24,22 @@ COLOURS = {
     "vae": _PALETTE[0],
     "gpvae": _PALETTE[3],
     "iaf": _PALETTE[1],
-    "hf": _PALETTE[8],
+    "hf": (0.30, 0.18, 0.51),  # the palette's yellow is hard to see on white
     "me": _PALETTE[9],
     "rme": _PALETTE[2],
     "savae": _PALETTE[4],
     "svi": _PALETTE[7],
     "vlae": _PALETTE[5],
     "exact": (0.25, 0.25, 0.25),
+}
+GAP_COLOURS = {"approximation gap": "0.75", "amortization gap": _PALETTE[1]}
+POLICY_STYLES = {
+    "none": {"color": "0.7", "ls": "-", "lw": 0.8},
+    "uniform": {"color": _PALETTE[2], "ls": (0, (4, 1))},
+    "random": {"color": "0.2", "ls": ":"},
+    "relative_f_var": {"color": _PALETTE[3], "ls": "-"},
+    "-ELBO": {"color": _PALETTE[0], "ls": "-"},
+    "oracle": {"color": _PALETTE[1], "ls": (0, (5, 1, 1, 1))},
 }
 
 
@@ -76,22 +87,43 @@ def learning_curves(ax: Axes, histories: Mapping[str, Sequence[pd.DataFrame]]) -
     """Validation bound against epoch: one thin line for each seed, best points marked."""
     for encoder, runs in histories.items():
         for i, history in enumerate(runs):
-            label = LABELS[encoder] if i == 0 else None
-            ax.plot(
-                history.epoch,
-                history.valid_elbo,
-                color=COLOURS[encoder],
-                alpha=0.7,
-                lw=0.8,
-                label=label,
-            )
+            colour, label = COLOURS[encoder], LABELS[encoder] if i == 0 else None
+            ax.plot(history.epoch, history.valid_elbo, color=colour, alpha=0.7, lw=0.8, label=label)
             best = history.loc[history.valid_elbo.idxmax()]
-            ax.plot(best.epoch, best.valid_elbo, "o", color=COLOURS[encoder])
-    bounds = np.concatenate([h.valid_elbo for runs in histories.values() for h in runs])
-    low, high = np.quantile(bounds, 0.2), bounds.max()
-    ax.set_ylim(low, high + 0.1 * (high - low))  # the first epochs would flatten everything
+            ax.plot(best.epoch, best.valid_elbo, "o", color=colour)
+    bounds = [history.valid_elbo for runs in histories.values() for history in runs]
+    if bounds:  # the first epochs would flatten everything
+        low, high = np.quantile(np.concatenate(bounds), 0.2), max(map(max, bounds))
+        ax.set_ylim(low, high + 0.1 * (high - low))
     ax.set(xlabel="epoch", ylabel="validation ELBO (nats)")
-    ax.legend()
+
+
+def legend_beside(figure: Figure) -> None:
+    """One legend for all panels, to their right, each label once."""
+    _shared_legend(figure, loc="outside right center")
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend for all panels, in a line below them, each label once."""
+    _shared_legend(figure, loc="outside lower center", ncols=4)
+
+
+def _shared_legend(figure: Figure, **options: object) -> None:
+    entries: dict[str, object] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(entries.values(), entries.keys(), **options)
+
+
+def proposal_legend(figure: Figure) -> None:
+    """Below the panels: what full and open markers of a forest plot mean."""
+    handles = [
+        Line2D([], [], color="0.3", marker="o", mfc=face, label=f"{word} proposal")
+        for word, face in (("own", "0.3"), ("neutral", "white"))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
 def density_contours(
@@ -124,13 +156,28 @@ def density_contours(
 
 
 def forest(
-    ax: Axes, intervals: Mapping[str, Interval], colours: Mapping[str, object] | None = None
+    ax: Axes,
+    intervals: Mapping[str, Interval],
+    colours: Mapping[str, object] | None = None,
+    shift: float = 0.0,
+    hollow: bool = False,
 ) -> None:
-    """Values with intervals, one line each, the first on top; zero is marked."""
+    """Values with intervals, one line each, the first on top; zero is marked.
+
+    Args:
+        ax: where to draw.
+        intervals: by label; one from no observation is marked as missing.
+        colours: by label.
+        shift: moves everything down by a part of a line, for two values in one line.
+        hollow: draw open markers.
+    """
     for i, (label, interval) in enumerate(intervals.items()):
-        colour = (colours or {}).get(label, "0.2")
-        ax.plot([interval.low, interval.high], [i, i], color=colour)
-        ax.plot(interval.value, i, "o", color=colour)
+        if not interval.n:
+            ax.annotate(MISSING, (0, i), color="0.5", fontsize=6, va="center", ha="center")
+            continue
+        colour, y = (colours or {}).get(label, "0.2"), i + shift
+        ax.plot([interval.low, interval.high], [y, y], color=colour)
+        ax.plot(interval.value, y, "o", color=colour, mfc="white" if hollow else colour)
     ax.axvline(0, color="0.5", lw=0.8, zorder=0)
     ax.set_yticks(range(len(intervals)), list(intervals))
     ax.set_ylim(len(intervals) - 0.5, -0.5)
@@ -138,7 +185,12 @@ def forest(
 
 
 def interval_line(
-    ax: Axes, x: Sequence[float], intervals: Sequence[Interval], encoder: str, shift: float = 1.0
+    ax: Axes,
+    x: Sequence[float],
+    intervals: Sequence[Interval],
+    encoder: str,
+    shift: float = 1.0,
+    label: str | None = None,
 ) -> None:
     """A line through values with 95% bars; `shift` moves it sideways by a factor (log axes)."""
     position = np.asarray(x, float) * shift
@@ -150,10 +202,59 @@ def interval_line(
         yerr=bars,
         fmt="o-",
         color=COLOURS[encoder],
-        label=LABELS[encoder],
+        label=label or LABELS[encoder],
         capsize=2,
         lw=1,
     )
+
+
+def step_lines(ax: Axes, curves: Mapping[str, Mapping[int, Interval]]) -> None:
+    """Differences to the VAE against the number of steps, one line per method, zero marked."""
+    counts = sorted({count for each in curves.values() for count in each})
+    shifts = np.geomspace(0.93, 1.07, len(curves))  # bars of one count side by side
+    for (encoder, each), shift in zip(curves.items(), shifts, strict=True):
+        label = f"{LABELS[encoder]} ({SYMBOLS.get(encoder, 'n')})"
+        interval_line(ax, list(each), list(each.values()), encoder, shift, label)
+    ax.axhline(0, color="0.5", lw=0.8)
+    ax.set(xscale="log", xlabel="T, K or M")
+    ax.set_xticks(counts, [str(count) for count in counts])
+    ax.minorticks_off()
+
+
+def gap_bars(ax: Axes, methods: Mapping[str, Decomposition]) -> None:
+    """Approximation and amortization gap of each method as stacked bars, the first on top.
+
+    Positive parts are stacked to the right of zero, negative ones to its left. The dot is their
+    sum, the inference gap, with its interval.
+    """
+    for i, d in enumerate(methods.values()):
+        if not d.inference.n:
+            ax.annotate(MISSING, (0, i), color="0.5", fontsize=6, va="center", ha="left")
+            continue
+        ends = {True: 0.0, False: 0.0}
+        for label, part in (
+            ("approximation gap", d.approximation.value),
+            ("amortization gap", d.amortization.value),
+        ):
+            ax.barh(i, part, 0.7, ends[part > 0], color=GAP_COLOURS[label], label=label)
+            ends[part > 0] += part
+        total = d.inference
+        bars = [[total.value - total.low], [total.high - total.value]]
+        label = "inference gap [95% over seeds]"
+        ax.errorbar(total.value, i, xerr=bars, fmt="o", color="0.1", lw=1, label=label)
+    ax.axvline(0, color="0.5", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.set_yticks(range(len(methods)), [LABELS.get(encoder, encoder) for encoder in methods])
+    ax.set_ylim(len(methods) - 0.5, -0.5)
+    ax.set_xlabel("nats per image")
+    ax.grid(axis="y", visible=False)
+
+
+def refinement_curves(ax: Axes, refinement: Refinement, each: int) -> None:
+    """Mean bound against mean cost of every policy."""
+    for policy, label in POLICIES.items():
+        ax.plot(*refinement.curve(policy, each), label=label, **POLICY_STYLES[policy])
+    ax.set_xlabel("cost (SVI steps per image)")
 
 
 def scatter(ax: Axes, x: np.ndarray, y: np.ndarray, encoder: str) -> None:

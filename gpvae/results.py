@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,24 @@ Row = dict[str, Any]
 NOT_NUMERICAL = {
     "__init__",
     "__main__",
+    "analysis",
     "cli",
     "config",
     "disk",
     "errors",
     "events",
+    "jobs",
     "kernel",
     "notebooks",
     "paths",
     "plots",
+    "processes",
     "reproduce",
     "results",
     "stats",
+    "stored",
+    "sweep",
+    "sweep_command",
     "tables",
     "train_command",
 }
@@ -103,11 +110,17 @@ def stale_reason(row: Row, config: RunConfig, data_hash: str) -> str:
 
 
 class Results:
-    """The rows and arrays of one profile, in `results/<profile>/`."""
+    """The rows and arrays of one profile, in `results/<profile>/`.
+
+    The evidence behind committed tables, in `figures/<profile>/`, is only read: its arrays where
+    `results/` lacks them, its rows where `everything` is asked for. `rows` and `find` leave it
+    out, so that a committed row is never taken for one that was computed here.
+    """
 
     def __init__(self, profile: str) -> None:
         self.folder = paths.results(profile)
         self.path = self.folder / "rows.jsonl"
+        self.evidence = paths.figures(profile)
 
     def rows(self) -> list[Row]:
         """The newest row of each name, in order of first appearance."""
@@ -117,24 +130,57 @@ class Results:
         """The newest row of that name."""
         return next((row for row in self.rows() if row["name"] == name), None)
 
+    def everything(self) -> list[Row]:
+        """All rows that were ever stored, committed ones first, then oldest first."""
+        return read_json_lines(self.evidence / "rows.jsonl") + read_json_lines(self.path)
+
     def append(self, row: Row, arrays: dict[str, np.ndarray]) -> None:
         """Add a row and its per-image arrays; the row comes last, so it never lacks them."""
-        path = self.arrays_path(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
+        _save_arrays(self.arrays_path(row), arrays)
         append_json_line(self.path, row)
 
     def arrays_path(self, row: Row) -> Path:
         """File of the row's per-image arrays."""
         return self.folder / "arrays" / f"{row['name']}-{row['key']}.npz"
 
+    def committed_path(self, row: Row) -> Path:
+        """File of the copy that is committed with the figures."""
+        return self.evidence / "arrays" / self.arrays_path(row).name
+
+    def has_arrays(self, row: Row) -> bool:
+        """Whether the row's per-image arrays are here or committed."""
+        return self.arrays_path(row).exists() or self.committed_path(row).exists()
+
     def arrays(self, row: Row) -> dict[str, np.ndarray]:
         """Per-image arrays of a row, by name."""
-        with np.load(self.arrays_path(row), allow_pickle=False) as file:
+        own = self.arrays_path(row)
+        with np.load(own if own.exists() else self.committed_path(row), allow_pickle=False) as file:
             return dict(file)
+
+    def keep_arrays(self, rows: Sequence[Row]) -> None:
+        """Copy the rows' arrays to where they are committed, and remove those of other rows."""
+        wanted = {self.committed_path(row): row for row in rows if self.has_arrays(row)}
+        for path in set((self.evidence / "arrays").glob("*.npz")) - wanted.keys():
+            path.unlink()
+        for path, row in wanted.items():
+            if self.arrays_path(row).exists():
+                # The split can be made again, and its digest stands in the row.
+                kept = {k: v for k, v in self.arrays(row).items() if k != "valid_index"}
+                _save_arrays(path, {k: _single(v) for k, v in kept.items()})
+
+
+def _single(array: np.ndarray) -> np.ndarray:
+    """Floats in single precision."""
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a compressed file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:

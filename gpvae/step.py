@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,17 +26,18 @@ from gpvae.vae import VAE
 EAGER_STEPS = 3  # of each batch shape before capture: libraries and the optimiser set themselves up
 
 
-class Step:
-    """Batch, loss, backward, clip, step, for a model on its device.
+class BaseStep(ABC):
+    """What the step of one model and that of several (`gpvae.ensemble`) have in common.
 
     Args:
-        model: in training mode.
-        optimizer: of its trainable parameters.
+        model: whose loss it is.
+        parameters: that are trained, on their device.
+        optimizer: of the parameters.
         config: the run.
         levels: grey levels of the stored pixels.
         n_train: number of training images, N.
-        generator: of all random numbers, on the model's device.
-        averages: moving average of each trainable parameter, updated here; empty for none.
+        generators: of all random numbers, on the device.
+        averages: moving average of each parameter, updated here; empty for none.
 
     Attributes:
         names: of the loss terms, known after the first call.
@@ -44,17 +46,17 @@ class Step:
     def __init__(
         self,
         model: VAE,
+        parameters: Sequence[Tensor],
         optimizer: torch.optim.Optimizer,
         config: RunConfig,
         levels: int,
         n_train: int,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         averages: list[Tensor],
     ) -> None:
         self.model, self.optimizer, self.training = model, optimizer, config.training
-        self.levels, self.n_train, self.generator = levels, n_train, generator
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.averages = averages
+        self.levels, self.n_train, self.generators = levels, n_train, list(generators)
+        self.parameters, self.averages = list(parameters), averages
         self.names: list[str] = []
         self.kl_weight = torch.ones((), device=self.parameters[0].device)
         self.captured = captures(config, model)
@@ -64,8 +66,12 @@ class Step:
         self.run = self._fresh()
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """One step on stored pixels [B, C, H, W]; the loss terms in nats per image, [terms]."""
+        """`eager`, or the same replayed."""
         return self.run(pixels)
+
+    @abstractmethod
+    def eager(self, pixels: Tensor) -> Tensor:
+        """The step itself on stored pixels; returns the loss terms in nats per image."""
 
     def start_epoch(self, epoch: int, epochs: int, new_phase: bool) -> None:
         """Set what is constant within an epoch (counted from 0), without waiting for a GPU."""
@@ -79,26 +85,60 @@ class Step:
         if new_phase:  # the model computes something else now, perhaps from other weights
             self.run = self._fresh()
             if self.averages:
-                with torch.no_grad():
-                    torch._foreach_copy_(self.averages, self.parameters)
+                torch._foreach_copy_(self.averages, [p.detach() for p in self.parameters])
 
-    def eager(self, pixels: Tensor) -> Tensor:
-        """The step itself."""
-        x = self.model.generative.output.augment(to_unit(pixels, self.levels), self.generator)
-        terms = self.model.loss_terms(x, self.n_train, self.generator)
-        loss = weighted_sum(terms, self.kl_weight if self.training.kl_warmup else None)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
+    def loss(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms, whose names are noted."""
+        self.names[:] = terms
+        return weighted_sum(terms, self.kl_weight if self.training.kl_warmup else None)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Step the optimiser and the averages, once the gradients are there."""
         self.optimizer.step()
         if self.averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.averages, self.parameters, 1 - self.training.average)
-        self.names[:] = terms
-        return torch.stack([value.detach() for value in terms.values()])
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - self.training.average)
 
     def _fresh(self) -> Callable[[Tensor], Tensor]:
-        return Captured(self.eager, self.generator) if self.captured else self.eager
+        return Captured(self.eager, *self.generators) if self.captured else self.eager
+
+
+class Step(BaseStep):
+    """Batch, loss, backward, clip, step, for a model on its device.
+
+    Args:
+        model: in training mode.
+        optimizer: of its trainable parameters.
+        config, levels, n_train: as for `BaseStep`.
+        generator: of all random numbers, on the model's device.
+        averages: moving average of each trainable parameter, updated here; empty for none.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        levels: int,
+        n_train: int,
+        generator: torch.Generator,
+        averages: list[Tensor],
+    ) -> None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(
+            model, trainable, optimizer, config, levels, n_train, [generator], averages
+        )
+
+    def eager(self, pixels: Tensor) -> Tensor:
+        """One step on stored pixels [B, C, H, W]; the loss terms in nats per image, [terms]."""
+        (generator,) = self.generators
+        x = self.model.generative.output.augment(to_unit(pixels, self.levels), generator)
+        terms = self.model.loss_terms(x, self.n_train, generator)
+        self.optimizer.zero_grad()
+        self.loss(terms).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
+        self.update()
+        return torch.stack([value.detach() for value in terms.values()])
 
 
 def captures(config: RunConfig, model: VAE) -> bool:
@@ -128,11 +168,11 @@ class Captured:
 
     Args:
         function: from a tensor to a tensor.
-        generator: the one it draws from.
+        generators: those it draws from.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
-        self.function, self.generator = function, generator
+    def __init__(self, function: Callable[[Tensor], Tensor], *generators: torch.Generator) -> None:
+        self.function, self.generators = function, generators
         self.calls: dict[tuple[int, ...], int] = {}
         self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
@@ -162,7 +202,8 @@ class Captured:
     def _capture(self, argument: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """Record the function; nothing is computed and no random number drawn."""
         graph, place = torch.cuda.CUDAGraph(), argument.clone()
-        graph.register_generator_state(self.generator)
+        for generator in self.generators:
+            graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             result = self.function(place)
         return graph, place, result

@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from gpvae import events, paths
-from gpvae.config import Profile
+from gpvae.config import Profile, RunConfig
 from gpvae.errors import DataError
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, paired_interval
@@ -28,19 +30,23 @@ LABELS = {
 MISSING = "missing"
 
 
-def select(rows: Sequence[Row], **wanted: object) -> list[Row]:
-    """Rows whose configuration has these values, sorted by seed: `select(rows, encoder="vae")`.
+def select(rows: Sequence[Row], configs: Sequence[RunConfig]) -> list[Row]:
+    """The rows of these runs, in their order; a run without a row is left out.
 
-    Names are those of the model configuration, or `train_size`.
+    Runs are told apart by name, which holds the method with its number of steps or components
+    (`iaf4`), so that a variation of an encoder is not taken for the encoder of the main table.
     """
-    found = [
-        row
-        for row in rows
-        if all(
-            {**row["config"]["model"], **row["config"]["data"]}[k] == v for k, v in wanted.items()
-        )
-    ]
-    return sorted(found, key=lambda row: row["seed"])
+    found = {row["name"]: row for row in rows}
+    return [found[config.name] for config in configs if config.name in found]
+
+
+def by_encoder(profile: Profile, output: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of the main table for one output: encoder -> its rows by seed, empty if missing."""
+    runs = profile.runs(output)
+    return {
+        encoder: select(rows, [run for run in runs if run.model.encoder == encoder])
+        for encoder in profile.encoders
+    }
 
 
 def check_one_version(rows: Sequence[Row]) -> None:
@@ -64,48 +70,27 @@ def _data_identity(row: Row) -> str:
 
 
 def paired(results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str) -> Interval:
-    """Interval of a - b for a per-image quantity, over the seeds that both have."""
-    common = sorted({r["seed"] for r in a} & {r["seed"] for r in b})
-    arrays = [
-        [results.arrays(next(r for r in rows if r["seed"] == seed))[quantity] for seed in common]
-        for rows in (a, b)
-    ]
-    return paired_interval(*arrays)
+    """Interval of a - b for a per-image quantity, over the seeds in which both have it."""
+    left, right = (
+        {r["seed"]: results.arrays(r)[quantity] for r in rows if quantity in r} for rows in (a, b)
+    )
+    common = sorted(left.keys() & right.keys())
+    return paired_interval([left[seed] for seed in common], [right[seed] for seed in common])
 
 
-def benchmark_table(
-    profile: Profile, results: Results, rows: Sequence[Row], baseline: str = "vae"
-) -> pd.DataFrame:
-    """One line per output distribution and method: bounds, paired differences, gaps.
+def mean_of(rows: Sequence[Row], quantity: str, minus: str | None = None) -> Interval:
+    """Interval over seeds of a row's mean, or of the difference of two, over the rows that have it.
 
-    Likelihoods are in nats per test image, as mean [95% interval over seeds]; differences are
-    paired by seed and image.
+    Args:
+        rows: of one method, one for each seed.
+        quantity: such as `elbo`.
+        minus: a quantity to subtract.
     """
-    check_one_version(rows)
-    lines = []
-    for output in profile.outputs:
-        base = select(rows, output=output, encoder=baseline)
-        for encoder in profile.encoders:
-            own = select(rows, output=output, encoder=encoder)
-            line = {"output": output, "method": LABELS.get(encoder, encoder)}
-            line["seeds"] = f"{len(own)} of {len(profile.seeds)}"
-            for label, key in QUANTITIES.items():
-                line[label] = format_interval(
-                    mean_interval([r[key]["mean"] for r in own if key in r])
-                )
-            for label, key in (("own", "log_likelihood"), ("neutral", "log_likelihood_neutral")):
-                if encoder == baseline:
-                    line[f"difference to {LABELS[baseline]}, {label}"] = "-"
-                else:
-                    difference = paired(results, own, base, key)
-                    line[f"difference to {LABELS[baseline]}, {label}"] = format_interval(
-                        difference, "+"
-                    )
-            line["amortization gap"] = format_interval(
-                mean_interval([r["elbo_optimised"]["mean"] - r["elbo"]["mean"] for r in own])
-            )
-            lines.append(line)
-    return pd.DataFrame(lines)
+    names = [name for name in (quantity, minus) if name]
+    complete = [row for row in rows if all(name in row for name in names)]
+    return mean_interval(
+        [row[quantity]["mean"] - (row[minus]["mean"] if minus else 0.0) for row in complete]
+    )
 
 
 QUANTITIES = {
@@ -113,15 +98,101 @@ QUANTITIES = {
     "log p(x), own proposal": "log_likelihood",
     "log p(x), neutral proposal": "log_likelihood_neutral",
 }
+PROPOSALS = {"own": "log_likelihood", "neutral": "log_likelihood_neutral"}
 
 
-def format_interval(interval: Interval, sign: str = "") -> str:
+def benchmark_table(
+    profile: Profile, results: Results, rows: Sequence[Row], baseline: str = "vae"
+) -> pd.DataFrame:
+    """One line per output distribution and method: bounds, paired differences, gap and costs.
+
+    Likelihoods are in nats per test image, as mean [95% interval over seeds]; differences are
+    paired by seed and image.
+    """
+    check_one_version(rows)
+    lines = []
+    for output in profile.outputs:
+        methods = by_encoder(profile, output, rows)
+        base, ranks = methods[baseline], mean_ranks(methods)
+        for encoder, own in methods.items():
+            line = {"output": output, "method": LABELS.get(encoder, encoder)}
+            line["seeds"] = format_seeds(own, profile.seeds)
+            for label, key in QUANTITIES.items():
+                line[label] = format_interval(mean_of(own, key))
+            for label, key in PROPOSALS.items():
+                difference = format_interval(paired(results, own, base, key), "+")
+                reference = encoder == baseline and own
+                column = f"difference to {LABELS[baseline]}, {label}"
+                line[column] = "-" if reference else difference
+            gap = mean_of(own, "elbo_optimised", minus="elbo")
+            line["amortization gap"] = format_interval(gap)
+            lines.append(line | _costs(own, base) | {"rank": ranks.get(encoder, MISSING)})
+    return pd.DataFrame(lines)
+
+
+def _costs(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, str]:
+    """Size and training effort of one method, the latter relative to the baseline's."""
+    seconds = [
+        np.median([r["seconds"]["train"] for r in each]) if each else math.nan
+        for each in (rows, base)
+    ]
+    relative = seconds[0] / seconds[1]
+    return {
+        "parameters": format_range([r["parameters"] for r in rows]),
+        "epochs": format_range([r["epochs"] for r in rows]),
+        "training time (VAE = 1)": MISSING if math.isnan(relative) else f"{relative:.1f}",
+    }
+
+
+def mean_ranks(methods: dict[str, list[Row]], quantity: str = "log_likelihood") -> dict[str, str]:
+    """Mean rank of each method that has rows, over the seeds that all of these have; 1 is best."""
+    values = {
+        name: {row["seed"]: row[quantity]["mean"] for row in rows}
+        for name, rows in methods.items()
+        if rows
+    }
+    common = sorted(set.intersection(*map(set, values.values()))) if values else []
+    if not common:
+        return {}
+    table = -np.array([[each[seed] for seed in common] for each in values.values()])
+    ranks = stats.rankdata(table, axis=0).mean(1)
+    return {name: f"{rank:.1f}" for name, rank in zip(values, ranks, strict=True)}
+
+
+def format_seeds(rows: Sequence[Row], seeds: Sequence[int]) -> str:
+    """`3 of 3`, `2 of 3 (missing: 1)` or `missing`."""
+    lacking = sorted(set(seeds) - {row["seed"] for row in rows})
+    if not rows:
+        return MISSING
+    count = f"{len(rows)} of {len(seeds)}"
+    return f"{count} (missing: {', '.join(map(str, lacking))})" if lacking else count
+
+
+def format_range(values: Sequence[int]) -> str:
+    """`low to high` of whole numbers, one number if all are equal, `missing` for none."""
+    if not values:
+        return MISSING
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def format_interval(interval: Interval, sign: str = "", digits: int = 2) -> str:
     """`mean [low, high]`, without an interval for one seed, `missing` for none."""
     if not interval.n:
         return MISSING
-    if math.isnan(interval.low):
-        return f"{interval.value:{sign}.2f} (one seed)"
-    return f"{interval.value:{sign}.2f} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in interval[:3])
+    return f"{value} (one seed)" if math.isnan(interval.low) else f"{value} [{low}, {high}]"
+
+
+def verdict(difference: Interval, above: str = "above", below: str = "below") -> str:
+    """What a paired difference says, in words."""
+    if not difference.n:
+        return MISSING
+    if math.isnan(difference.low):
+        return "one seed, so no interval"
+    if difference.low > 0:
+        return above
+    return below if difference.high < 0 else "no difference outside seed noise"
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -142,9 +213,15 @@ def save_table(table: pd.DataFrame, name: str, profile: str) -> pd.DataFrame:
 
 
 def save_rows(rows: Sequence[Row], profile: str) -> None:
-    """Write the rows behind the tables to `figures/<profile>/rows.jsonl`, sorted by name."""
+    """Write the rows behind the tables, and their per-image arrays, to `figures/<profile>/`.
+
+    `rows.jsonl` is sorted by name; `arrays/` holds one file for each row that has arrays and
+    nothing else. `gpvae.stored` reads both.
+    """
     folder = paths.figures(profile)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) for row in sorted(rows, key=lambda row: row["name"])]
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    rows = sorted(rows, key=lambda row: row["name"])
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text, "utf-8")
+    Results(profile).keep_arrays(rows)
     events.record(profile, "table", "rows", "made")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gpvae
-from gpvae import events, experiment, results
+from gpvae import events, experiment, paths, results
 from gpvae.data import digest
 from gpvae.errors import DataError, TrainingError
 from gpvae.experiment import run, run_all
@@ -181,3 +181,27 @@ def test_checkpoint_of_a_row_gives_its_numbers_back(project_root, config):
         again = gpvae.log_likelihood(model, x, 10, seed=config.evaluation.seed)
     assert again.mean == row["log_likelihood"]["mean"]
     assert torch.get_num_threads() == 1
+
+
+def test_committed_evidence_is_read_only_where_nothing_is_stored(project_root):
+    store, row = Results("t"), {"name": "a", "key": "1"}
+    arrays = {
+        "elbo": np.array([1 / 3, 2.0]),
+        "converged": np.array([True, False]),
+        "valid_index": np.arange(3),
+    }
+    store.append(row, arrays)
+    store.keep_arrays([row])
+    assert store.arrays(row)["elbo"].dtype == np.float64  # what was computed here comes first
+    store.arrays_path(row).unlink()
+    kept = store.arrays(row)
+    assert kept.keys() == {"elbo", "converged"} and kept["converged"].dtype == bool
+    np.testing.assert_array_equal(kept["elbo"], np.float32([1 / 3, 2.0]))
+    store.keep_arrays([row])  # nothing here to copy from: the committed file stays
+    assert store.has_arrays(row)
+
+    append_json_line(paths.figures("t") / "rows.jsonl", {"name": "b", "key": "2"})
+    assert [r["name"] for r in store.everything()] == ["b", "a"]
+    assert [r["name"] for r in store.rows()] == ["a"] and store.find("b") is None
+    store.keep_arrays([])
+    assert not store.has_arrays(row)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+from rows import fake_row, store_rows
 from scipy import stats as scipy_stats
 
 import gpvae
+from gpvae import paths
 from gpvae.errors import DataError
-from gpvae.results import Results
 from gpvae.stats import Interval, mean_interval, paired_interval, spearman_interval
-from gpvae.tables import benchmark_table, check_one_version, format_interval, select, to_markdown
+from gpvae.tables import (
+    benchmark_table,
+    by_encoder,
+    check_one_version,
+    format_interval,
+    format_range,
+    format_seeds,
+    mean_of,
+    mean_ranks,
+    paired,
+    save_rows,
+    select,
+    to_markdown,
+    verdict,
+)
 
 
 def test_mean_interval_against_scipy():
@@ -66,74 +83,114 @@ def test_spearman_bootstrap_covers():
     assert np.mean(inside) > 0.9
 
 
-def fake_row(encoder, seed, value, output="gaussian", **extra):
-    config = gpvae.RunConfig().override(**{"model.encoder": encoder, "model.output": output})
-    config = config.override(seed=seed)
-    estimate = {"mean": value, "stderr": 0.1, "samples": 5, "n": 3}
-    return {
-        "name": config.name,
-        "key": "k",
-        "config": config.to_dict(),
-        "seed": seed,
-        "code_hash": "c",
-        "data_hash": "d",
-        "seconds": {"train": 1.0},
-        "elbo": estimate,
-        "log_likelihood": estimate,
-        "log_likelihood_neutral": estimate,
-        "elbo_optimised": estimate,
-        **extra,
-    }
-
-
 @pytest.fixture
 def stored(project_root):
-    store = Results("t")
+    """Two seeds of the VAE and of GPVAE, which is half a nat better on every image."""
+    return store_rows(
+        "t",
+        [
+            fake_row("vae", 0, [0.0, 1.0, 2.0], seconds=2.0),
+            fake_row("vae", 1, [1.0, 2.0, 3.0], seconds=4.0),
+            fake_row("gpvae", 1, [1.5, 2.5, 3.5], seconds=6.0, epochs=80),
+            fake_row("gpvae", 0, [0.5, 1.5, 2.5], seconds=6.0, epochs=60),
+        ],
+    )
 
-    def add(row, values):
-        arrays = {
-            name: np.array(values) for name in ("log_likelihood", "log_likelihood_neutral", "elbo")
-        }
-        store.append(row, arrays)
-        return row
 
-    add(fake_row("vae", 0, 1.0), [0.0, 1.0, 2.0])
-    add(fake_row("vae", 1, 2.0), [1.0, 2.0, 3.0])
-    add(fake_row("gpvae", 1, 2.5), [1.5, 2.5, 3.5])
-    add(fake_row("gpvae", 0, 1.5), [0.5, 1.5, 2.5])
-    return store
+def plan(**changes):
+    """A profile with the rows of `stored` among its runs."""
+    return gpvae.Profile("t", gpvae.RunConfig(), **{"outputs": ("gaussian",), **changes})
 
 
 def test_benchmark_table_from_known_rows(stored):
-    profile = gpvae.Profile("t", gpvae.RunConfig(), seeds=(0, 1, 2), outputs=("gaussian",))
-    table = benchmark_table(profile, stored, stored.rows()).set_index("method")
-    assert list(table.seeds) == ["2 of 3", "2 of 3"]
-    column = "difference to VAE, own"
-    assert table.loc["GPVAE", column] == "+0.50 [+0.50, +0.50]"
-    assert table.loc["VAE", column] == "-"
+    table = benchmark_table(plan(seeds=(0, 1)), stored, stored.rows()).set_index("method")
+    assert list(table.seeds) == ["2 of 2", "2 of 2"]
+    for column in ("difference to VAE, own", "difference to VAE, neutral"):
+        assert table.loc["GPVAE", column] == "+0.50 [+0.50, +0.50]"
+        assert table.loc["VAE", column] == "-"
     assert table.loc["VAE", "log p(x), own proposal"].startswith("1.50 [")
+    assert table.loc["GPVAE", "amortization gap"] == "0.30 [0.30, 0.30]"
+    assert list(table["rank"]) == ["2.0", "1.0"]
+    assert list(table.epochs) == ["70", "60 to 80"]
+    assert list(table.parameters) == ["10", "10"]
+    assert list(table["training time (VAE = 1)"]) == ["1.0", "2.0"]
 
 
-def test_missing_method_prints_missing(stored):
-    profile = gpvae.Profile("t", gpvae.RunConfig(), outputs=("gaussian", "bernoulli"))
-    table = benchmark_table(profile, stored, stored.rows())
-    missing = table[table.output == "bernoulli"]
-    assert (missing["log p(x), own proposal"] == "missing").all()
-    assert (missing.seeds == "0 of 5").all()
-    assert missing["difference to VAE, own"].tolist() == ["-", "missing"]
+def test_missing_method_and_seed_print_missing_and_nothing_is_blank(stored):
+    wanted = plan(
+        encoders=("vae", "gpvae", "iaf"), outputs=("gaussian", "bernoulli"), seeds=(0, 1, 2)
+    )
+    table = benchmark_table(wanted, stored, stored.rows())
+    assert list(table.seeds[:3]) == ["2 of 3 (missing: 2)", "2 of 3 (missing: 2)", "missing"]
+    absent = table[(table.output == "bernoulli") | (table.method == "IAF")]
+    assert len(absent) == 4
+    assert (absent.drop(columns=["output", "method"]) == "missing").all(axis=None)
+    assert not table.isin(["", None, "0", "nan"]).any(axis=None)
+
+
+def test_missing_baseline_leaves_the_other_columns(stored):
+    rows = [row for row in stored.rows() if row["config"]["model"]["encoder"] == "gpvae"]
+    table = benchmark_table(plan(seeds=(0, 1)), stored, rows).set_index("method")
+    assert table.loc["GPVAE", "log p(x), own proposal"].startswith("2.00 [")
+    for column in ("difference to VAE, own", "training time (VAE = 1)"):
+        assert list(table[column]) == ["missing", "missing"]
+
+
+def test_other_numbers_of_steps_do_not_leak_into_the_main_table(project_root):
+    rows = [fake_row("iaf", 0, [1.0], **{"model.flow.steps": n}) for n in (1, 4, 8)]
+    rows += [fake_row("gpvae", 0, [1.0], **{"model.gp.features": n}) for n in (100, 800)]
+    found = by_encoder(plan(encoders=("gpvae", "iaf"), seeds=(0, 1)), "gaussian", rows)
+    assert [row["config"]["model"]["flow"]["steps"] for row in found["iaf"]] == [4]
+    assert [row["config"]["model"]["gp"]["features"] for row in found["gpvae"]] == [100]
+
+
+def test_pairs_are_made_of_seeds_that_both_have_measured(stored):
+    vae, ours = by_encoder(plan(seeds=(0, 1)), "gaussian", stored.rows()).values()
+    assert paired(stored, ours, vae[:1], "log_likelihood").n == 1
+    without = [{k: v for k, v in row.items() if k != "log_likelihood_neutral"} for row in ours]
+    assert paired(stored, without, vae, "log_likelihood_neutral").n == 0
+    assert mean_of(without, "log_likelihood_neutral").n == 0
+    assert mean_of(ours, "log_likelihood", minus="elbo").value == pytest.approx(0.5)
+
+
+def test_mean_ranks_use_seeds_that_all_have():
+    rows = {
+        "a": [fake_row("vae", seed, [value]) for seed, value in ((0, 1.0), (1, 5.0), (2, 9.0))],
+        "b": [fake_row("vae", seed, [value]) for seed, value in ((0, 2.0), (1, 4.0))],
+        "c": [fake_row("vae", seed, [value]) for seed, value in ((1, 3.0), (0, 2.0))],
+        "d": [],
+    }
+    assert mean_ranks(rows) == {"a": "2.0", "b": "1.8", "c": "2.2"}  # a tie shares its ranks
+    assert mean_ranks({"a": rows["a"][2:], "b": rows["b"]}) == {}
+
+
+def test_rows_and_arrays_are_kept_beside_the_tables(stored):
+    rows = stored.rows()
+    save_rows(rows, "t")
+    folder = paths.figures("t")
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == sorted(row["name"] for row in rows)
+    assert len(list((folder / "arrays").iterdir())) == len(rows)
+    save_rows(rows[:1], "t")  # what no row needs any more goes
+    (path,) = (folder / "arrays").iterdir()
+    with np.load(path) as file:
+        assert file["log_likelihood"].dtype == np.float32
+        np.testing.assert_array_equal(file["log_likelihood"], [0.0, 1.0, 2.0])
+        assert "valid_index" not in file
 
 
 def test_rows_of_different_versions_are_refused(stored):
     rows = stored.rows()
     check_one_version(rows)
     with pytest.raises(DataError, match="code_hash"):
-        check_one_version([*rows, fake_row("vae", 2, 1.0, code_hash="other")])
+        check_one_version([*rows, fake_row("vae", 2, [1.0], row={"code_hash": "other"})])
     with pytest.raises(DataError, match="data_hash"):
-        check_one_version([*rows, fake_row("vae", 2, 1.0, data_hash="other")])
+        check_one_version([*rows, fake_row("vae", 2, [1.0], row={"data_hash": "other"})])
 
 
-def test_select_sorts_by_seed(stored):
-    assert [row["seed"] for row in select(stored.rows(), encoder="gpvae")] == [0, 1]
+def test_select_follows_the_runs_and_leaves_out_what_is_missing(stored):
+    runs = plan(encoders=("gpvae",), seeds=(0, 3, 1)).runs()
+    assert [row["seed"] for row in select(stored.rows(), runs)] == [0, 1]
 
 
 def test_formatting():
@@ -141,10 +198,19 @@ def test_formatting():
     assert format_interval(Interval(0.5, -1.0, 2.0, 5), "+") == "+0.50 [-1.00, +2.00]"
     assert format_interval(mean_interval([])) == "missing"
     assert format_interval(mean_interval([3.0])) == "3.00 (one seed)"
+    assert format_interval(Interval(0.5, 0.4, 0.6, 5), "+", 3) == "+0.500 [+0.400, +0.600]"
+    assert [format_range(values) for values in ([3, 3], [5, 3], [])] == ["3", "3 to 5", "missing"]
+    assert format_seeds([{"seed": 1}, {"seed": 2}], (0, 1, 2, 3)) == "2 of 4 (missing: 0, 3)"
+
+
+def test_verdicts():
+    assert verdict(Interval(1.0, 0.5, 1.5, 3)) == "above"
+    assert verdict(Interval(-1.0, -1.5, -0.5, 3), below="worse") == "worse"
+    assert verdict(Interval(1.0, -0.5, 1.5, 3)) == "no difference outside seed noise"
+    assert verdict(mean_interval([1.0])) == "one seed, so no interval"
+    assert verdict(mean_interval([])) == "missing"
 
 
 def test_markdown():
-    import pandas as pd
-
     text = to_markdown(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     assert text == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |\n"

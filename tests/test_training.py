@@ -5,10 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -69,46 +65,6 @@ def test_resumed_run_ends_with_the_same_bits(
     resumed = train(config, blobs, tmp_path / "cut")
     assert torch.equal(weights(whole), weights(resumed))
     assert without_times(whole.history) == without_times(resumed.history)
-
-
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-from pathlib import Path
-from conftest import make_dataset
-from gpvae.config import RunConfig, from_dict
-from gpvae.training import train
-import json
-train(from_dict(RunConfig, json.loads({config!r})), make_dataset(), Path({folder!r}))
-"""
-
-
-def test_killed_process_continues_to_the_same_bits(tiny_config, blobs, tmp_path):
-    import json
-
-    config = tiny_config.override(**{"training.epochs": 300, "training.patience": 1000})
-    whole = train(config, blobs)
-    child = CHILD.format(
-        tests=os.path.dirname(__file__),
-        config=json.dumps(config.to_dict()),
-        folder=str(tmp_path),
-    )
-    checkpoint = tmp_path / "checkpoint.pt"
-    for _ in range(3):
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = subprocess.Popen([sys.executable, "-c", child])
-        while process.poll() is None:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
-                time.sleep(0.05)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        process.wait()
-    killed_at = load_checkpoint(checkpoint)["epoch"]
-    resumed = train(config, blobs, tmp_path)
-    assert killed_at > 0
-    assert torch.equal(weights(whole), weights(resumed))
 
 
 def test_finished_run_is_not_trained_again(tiny_config, blobs, tmp_path, monkeypatch):

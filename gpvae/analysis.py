@@ -1,0 +1,246 @@
+"""From rows and per-image arrays to intervals over seeds: gaps, refinement, numbers of steps.
+
+Everything is in nats per image. A row that lacks what is asked for (an older one, or one without
+gaps) is left out, and a method without any prints as missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from gpvae.config import Profile, RunConfig
+from gpvae.refine import Study
+from gpvae.results import Results, Row
+from gpvae.stats import Interval, mean_interval
+from gpvae.tables import (
+    LABELS,
+    MISSING,
+    PROPOSALS,
+    by_encoder,
+    format_interval,
+    format_seeds,
+    mean_of,
+    paired,
+    select,
+)
+
+SCORE = "relative_f_var"
+POLICIES = {
+    "none": "none",
+    "uniform": "uniform",
+    "random": "random",
+    SCORE: "Var f / E h²",
+    "-ELBO": "−ELBO",
+    "oracle": "oracle",
+}
+REAL_POLICIES = ("uniform", "random", SCORE, "-ELBO")  # the oracle knows what nobody knows
+SYMBOLS = {"savae": "T", "vlae": "T", "iaf": "K", "hf": "K", "me": "M", "rme": "M"}
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Where the bound of one method is lost: means over images with intervals over seeds.
+
+    Args:
+        log_px: log p(x) with the mixture of both proposals, the reference of the gaps.
+        elbo: of the method's own posterior.
+        approximation: log_px minus the bound of each image's best diagonal Gaussian.
+        amortization: that bound minus the method's; negative if the method is better.
+        inference: log_px minus the method's bound, the sum of the two.
+        unconverged: images, over all seeds, whose best Gaussian was still improving.
+        images: images over all seeds.
+    """
+
+    log_px: Interval
+    elbo: Interval
+    approximation: Interval
+    amortization: Interval
+    inference: Interval
+    unconverged: int
+    images: int
+
+
+def decomposition(results: Results, rows: Sequence[Row]) -> Decomposition:
+    """The gaps of one method from its rows, one for each seed."""
+    rows = [row for row in rows if "log_px" in row]
+    converged = [results.arrays(row)["converged"].astype(bool) for row in rows]
+    return Decomposition(
+        log_px=mean_of(rows, "log_px"),
+        elbo=mean_of(rows, "elbo"),
+        approximation=mean_of(rows, "log_px", minus="elbo_optimised"),
+        amortization=mean_of(rows, "elbo_optimised", minus="elbo"),
+        inference=mean_of(rows, "log_px", minus="elbo"),
+        unconverged=sum(int((~c).sum()) for c in converged),
+        images=sum(len(c) for c in converged),
+    )
+
+
+def decompositions(
+    profile: Profile, results: Results, rows: Sequence[Row]
+) -> dict[str, dict[str, Decomposition]]:
+    """Output -> encoder -> decomposition, for every method of the profile's table."""
+    return {
+        output: {
+            encoder: decomposition(results, found)
+            for encoder, found in by_encoder(profile, output, rows).items()
+        }
+        for output in profile.outputs
+    }
+
+
+def gap_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per output and method: log p(x), ELBO and the three gaps."""
+    lines = []
+    for output, methods in decompositions(profile, results, rows).items():
+        found = by_encoder(profile, output, rows)
+        for encoder, d in methods.items():
+            count = f"{d.unconverged} of {d.images}" if d.images else MISSING
+            lines.append(
+                {
+                    "method": LABELS.get(encoder, encoder),
+                    "output": output,
+                    "seeds": format_seeds(found[encoder], profile.seeds),
+                    "log p(x)": format_interval(d.log_px),
+                    "ELBO": format_interval(d.elbo),
+                    "approximation gap": format_interval(d.approximation),
+                    "amortization gap": format_interval(d.amortization),
+                    "inference gap": format_interval(d.inference),
+                    "images not converged": count,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+class Refinement:
+    """What selective refinement gains for one output, over seeds.
+
+    Args:
+        results: where the arrays are.
+        rows: of a model with a score, one for each seed; those without a study are left out.
+    """
+
+    def __init__(self, results: Results, rows: Sequence[Row]) -> None:
+        arrays = [results.arrays(row) for row in rows]
+        self.studies = [_study(a) for a in arrays if "refine_bounds" in a]
+
+    @property
+    def choices(self) -> dict[str, int]:
+        """What a selected image may get, in words, and its index into the recorded steps."""
+        if not self.studies:
+            return {}
+        counts = [int(count) for count in self.studies[0].steps]
+        words = {i: f"{counts[i]} step{'s' * (counts[i] != 1)}" for i in (1, len(counts) - 1)}
+        return {word: i for i, word in words.items()}
+
+    def curve(self, policy: str, each: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean cost, in SVI steps per image, and mean bound over images and seeds."""
+        curves = [study.curve(policy, each) for study in self.studies]
+        return curves[0].cost.numpy(), np.mean([c.bound.numpy() for c in curves], axis=0)
+
+    def areas(self, policy: str, each: int) -> list[float]:
+        """Mean gain over the budgets from 0 to `each` for all, for each seed."""
+        return [study.curve(policy, each).area() for study in self.studies]
+
+    def ways_to_spend(self, budget: float) -> dict[str, float]:
+        """Mean gain over no refinement at one budget (SVI steps per image), the best way first.
+
+        Each policy that can spend just this much counts with each of `choices`; "uniform" can
+        spend whole steps only.
+        """
+        ways = {}
+        for words, each in self.choices.items():
+            if budget > float(self.studies[0].steps[each]):
+                continue
+            for policy in REAL_POLICIES:
+                if policy != "uniform" or budget.is_integer():
+                    cost, bound = self.curve(policy, each)
+                    gain = np.interp(budget, cost, bound) - bound[0]
+                    ways[f"{POLICIES[policy]} ({words})"] = float(gain)
+        return dict(sorted(ways.items(), key=lambda way: -way[1]))
+
+    def difference(self, policy: str, other: str, each: int) -> Interval:
+        """Mean gain of one policy minus that of another, paired by seed."""
+        pairs = zip(self.areas(policy, each), self.areas(other, each), strict=True)
+        return mean_interval([a - b for a, b in pairs])
+
+    def best(self, each: int) -> list[str]:
+        """The policies with the largest mean gain among those that need no oracle."""
+        means = {policy: float(np.mean(self.areas(policy, each))) for policy in REAL_POLICIES}
+        most = max(means.values())
+        return [policy for policy, mean in means.items() if math.isclose(mean, most, abs_tol=1e-9)]
+
+
+def _study(arrays: dict[str, np.ndarray]) -> Study:
+    """The study whose arrays a row keeps."""
+    keys = ("refine_steps", "refine_bounds", "refine_ranking", SCORE)
+    steps, bounds, ranking, score = (torch.from_numpy(arrays[k]).double() for k in keys)
+    return Study(steps, bounds, ranking, {SCORE: score})
+
+
+def refinement_table(refinements: dict[str, Refinement]) -> pd.DataFrame:
+    """Mean gain over the budgets of each policy and panel, and differences of the score."""
+    lines = []
+    for output, refinement in refinements.items():
+        for words, each in refinement.choices.items():
+            line = {"output": output, "a selected image gets": words}
+            for policy, label in POLICIES.items():
+                areas = mean_interval(refinement.areas(policy, each))
+                lines.append(line | {"policy": label, "gain": format_interval(areas, digits=3)})
+            for other in ("random", "-ELBO"):
+                difference = format_interval(refinement.difference(SCORE, other, each), "+", 3)
+                label = f"{POLICIES[SCORE]} − {POLICIES[other]}".replace("− −ELBO", "− (−ELBO)")
+                lines.append(line | {"policy": label, "gain": difference})
+    return pd.DataFrame(lines).rename(columns={"gain": "mean gain over budgets (nats)"})
+
+
+def step_count(config: RunConfig) -> int:
+    """T, K or M: the number of steps, flows or components of a run."""
+    return int(config.model.method.removeprefix(config.model.encoder).split("-")[0])
+
+
+def by_step_count(profile: Profile, rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:
+    """Encoder -> count -> rows by seed, for the runs of the variation `steps`."""
+    groups: dict[str, dict[int, list[RunConfig]]] = {}
+    for run in profile.variation("steps"):
+        counts = groups.setdefault(run.model.encoder, {})
+        counts.setdefault(step_count(run), []).append(run)
+    return {
+        encoder: {count: select(rows, runs) for count, runs in sorted(counts.items())}
+        for encoder, counts in groups.items()
+    }
+
+
+def step_differences(
+    profile: Profile, results: Results, rows: Sequence[Row], base: Sequence[Row], quantity: str
+) -> dict[str, dict[int, Interval]]:
+    """Encoder -> count -> paired difference to the baseline's rows."""
+    return {
+        encoder: {n: paired(results, found, base, quantity) for n, found in counts.items()}
+        for encoder, counts in by_step_count(profile, rows).items()
+    }
+
+
+def step_table(
+    profile: Profile, results: Results, rows: Sequence[Row], base: Sequence[Row]
+) -> pd.DataFrame:
+    """One line per method and count: log p(x) and the paired differences to the baseline."""
+    lines = []
+    for encoder, counts in by_step_count(profile, rows).items():
+        for count, found in counts.items():
+            line = {
+                "method": LABELS.get(encoder, encoder),
+                "T, K or M": f"{SYMBOLS.get(encoder, 'n')} = {count}",
+                "seeds": format_seeds(found, profile.seeds),
+            }
+            for word, key in PROPOSALS.items():
+                line[f"log p(x), {word}"] = format_interval(mean_of(found, key))
+                difference = paired(results, found, base, key)
+                line[f"difference to {LABELS['vae']}, {word}"] = format_interval(difference, "+")
+            lines.append(line)
+    return pd.DataFrame(lines)

@@ -1,0 +1,168 @@
+"""What each encoder costs relative to the VAE: training, inference, capture, seeds at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from gpvae.bench.measure import (
+    LEVELS,
+    N_TRAIN,
+    Bench,
+    Case,
+    Row,
+    built,
+    compare,
+    epoch_of,
+    missing,
+    row,
+    train_case,
+    training_step,
+)
+from gpvae.config import METHODS, RunConfig
+from gpvae.ensemble import Ensemble
+
+NO_GPU = "needs a GPU"
+PROFILED = 10  # steps
+SEEDS = 10
+NOTES = {
+    "svi": "trains as the VAE does: what its ratio differs from 1 is noise",
+    "rme3": "with all components, in the last phase",
+}
+
+
+def training(bench: Bench) -> Iterator[Row]:
+    """Milliseconds of a training step and images per second, for every encoder."""
+    configs = methods(bench)
+    cases = {name: train_case(bench, config) for name, config in configs.items()}
+    for found in compare(bench, "training", cases, "vae", bench.steps, NOTES):
+        batch = configs[found["case"]].training.batch_size
+        yield found | {"value": 1000 * batch / found["ms"], "unit": "images/s"}
+
+
+def methods(bench: Bench) -> dict[str, RunConfig]:
+    """Every method by its name in tables, such as `iaf4`."""
+    configs = [bench.config(encoder) for encoder in METHODS]
+    return {config.model.method: config for config in configs}
+
+
+def inference(bench: Bench) -> Iterator[Row]:
+    """Posterior and one sample: for one image (latency) and for 1000 (throughput)."""
+    configs = methods(bench) | {"savae8": bench.config("savae", **{"model.savae.steps": 8})}
+    for batch in (1, 20 if bench.quick else 1000):
+        x = bench.binary(batch)
+        cases = {name: infer_case(bench, config, x) for name, config in configs.items()}
+        notes = {"svi": "searches for each image's optimum; random weights"}
+        for found in compare(bench, "inference", cases, "vae", notes=notes):
+            named = {
+                "case": f"{found['case']}, batch {batch}",
+                "relative_to": f"vae, batch {batch}",
+            }
+            yield found | named | {"value": 1000 * batch / found["ms"], "unit": "images/s"}
+
+
+def infer_case(bench: Bench, config: RunConfig, x: Tensor) -> Case:
+    """q(z | x) of the images and one sample of each, ready to be read."""
+    model = built(bench, config).eval()
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    @torch.no_grad()
+    def infer() -> None:
+        model(x).rsample((), generator)
+        if bench.on_gpu:
+            torch.cuda.synchronize()
+
+    return infer
+
+
+def capture(bench: Bench) -> Iterator[Row]:
+    """The step as a CUDA graph against the eager one, and operations of a step."""
+    names = ("vae", "gpvae")
+    if not bench.on_gpu:
+        for name in names:
+            yield missing("capture", f"{name} captured", NO_GPU)
+    for name in names:
+        cases = {f"{name} eager": bench.config(name, **{"training.capture": False})}
+        if bench.on_gpu:
+            cases[f"{name} captured"] = bench.config(name)
+            yield from epochs(bench, cases, f"{name} eager")
+        for case, config in cases.items():
+            yield from operations(bench, case, config)
+
+
+def epochs(bench: Bench, configs: dict[str, RunConfig], base: str) -> list[Row]:
+    """Training epochs of MNIST's size, in turns."""
+    batch = bench.config().training.batch_size
+    images = bench.images(4 * batch if bench.quick else N_TRAIN)
+    steps = -(-len(images) // batch)
+
+    def batches() -> Iterator[Tensor]:
+        return images.batches(batch, torch.Generator(bench.device), scaled=False)
+
+    cases = {name: epoch_of(training_step(bench, c), batches) for name, c in configs.items()}
+    rows = compare(bench, "capture", cases, base, each=steps)
+    unit = f"s for an epoch of {len(images):,} images"
+    return [found | {"value": found["ms"] / 1000 * steps, "unit": unit} for found in rows]
+
+
+def operations(bench: Bench, case: str, config: RunConfig) -> Iterator[Row]:
+    """Operators of a training step on a CPU; kernels and launches on a GPU."""
+    step, pixels = training_step(bench, config), bench.images(config.training.batch_size).pixels
+    for unit, count in profiled(bench, lambda: step(pixels)).items():
+        yield row("capture", case, value=count / PROFILED, unit=f"{unit} per step")
+
+
+def profiled(bench: Bench, step: Callable[[], object]) -> dict[str, int]:
+    """What torch.profiler counts in `PROFILED` steps, after some that set everything up."""
+    for _ in range(5):
+        step()
+    activities = [ProfilerActivity.CPU]
+    if bench.on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with profile(activities=activities) as found:
+        for _ in range(PROFILED):
+            step()
+        if bench.on_gpu:
+            torch.cuda.synchronize()
+    events = found.key_averages()
+    if not bench.on_gpu:
+        return {"aten operators": sum(e.count for e in events if e.key.startswith("aten::"))}
+    return {
+        "kernels": sum(e.count for e in events if e.device_type == DeviceType.CUDA),
+        "launches": sum(e.count for e in events if "Launch" in e.key),
+    }
+
+
+def seeds(bench: Bench) -> Iterator[Row]:
+    """A training step of one seed by itself, and of several seeds at once, per seed."""
+    count = 2 if bench.quick else SEEDS
+    for name in ("vae", "gpvae"):
+        base, together = f"{name}, one seed", f"{name}, {count} seeds at once"
+        cases = {
+            base: train_case(bench, bench.config(name)),
+            together: seeds_case(bench, bench.config(name), count),
+        }
+        each = {base: bench.steps, together: bench.steps * count}
+        notes = {together: "time of one step of one seed"}
+        yield from compare(bench, "seeds", cases, base, each, notes)
+
+
+def seeds_case(bench: Bench, config: RunConfig, count: int) -> Case:
+    """`bench.steps` steps of `gpvae.ensemble.train_seeds`."""
+    configs = [config.override(seed=seed) for seed in range(count)]
+    ensemble = Ensemble(configs, bench.shape, bench.device)
+    images, batch = (
+        bench.images(bench.steps * config.training.batch_size),
+        config.training.batch_size,
+    )
+
+    def batches() -> Iterator[Tensor]:
+        orders = [images.batches(batch, g, scaled=False) for g in ensemble.generators]
+        return (torch.stack(pixels) for pixels in zip(*orders, strict=True))
+
+    return epoch_of(ensemble.step(LEVELS, N_TRAIN), batches)

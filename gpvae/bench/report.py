@@ -1,0 +1,195 @@
+"""Lines, table and figure of the benchmark's rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpvae import paths
+from gpvae.bench.measure import Row
+from gpvae.config import METHODS
+from gpvae.results import read_json_lines
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PROFILE, NAME = "bench", "speed"
+TARGETS = {"training": 1.25, "inference": 1.05}  # largest ratio of GPVAE to the VAE
+
+
+def format_facts(facts: Mapping[str, Any]) -> str:
+    """The header, a line for each kind of fact."""
+    quick = " (quick: tiny networks, numbers mean nothing)" if facts["quick"] else ""
+    channels, height, width, *hidden, latent = facts["networks"]
+    layers = "-".join(map(str, [channels * height * width, *hidden]))
+    return "\n".join(
+        [
+            f"device {facts['device']}, CPU {facts['cpu']} with {facts['cores']} cores, "
+            f"load {facts['load']}",
+            f"torch {facts['versions']['torch']}, {facts['precision']}, threads {facts['threads']}",
+            f"networks {layers}, D = {latent}, batch {facts['batch']}, turns {facts['repeats']}"
+            + quick,
+        ]
+    )
+
+
+def format_row(row: Row) -> str:
+    """One line for the terminal."""
+    found = cells(row)
+    against = row["relative_to"] not in ("", row["case"])
+    ratio = f"{found['ratio']} x {found['relative to']}" if against else ""
+    time = f"{found['ms']} ms" if found["ms"] else ""
+    parts = [part for part in (time, ratio, found["value"], found["note"]) if part]
+    return f"  {found['case']:<38}" + "; ".join(parts)
+
+
+def cells(row: Row) -> dict[str, str]:
+    """The columns of the table, as text."""
+    value = "" if row["value"] is None else f"{number(row['value'])} {row['unit']}"
+    return {
+        "section": row["section"],
+        "case": row["case"],
+        "ms": spread(row, "ms"),
+        "ratio": spread(row, "ratio"),
+        "relative to": row["relative_to"],
+        "turns": row["turns"] or "",
+        "value": value,
+        "note": row["note"],
+    }
+
+
+def spread(row: Row, name: str) -> str:
+    """`median [min, max]`, or nothing."""
+    if row[name] is None:
+        return ""
+    middle, low, high = (number(row[f"{name}{end}"]) for end in ("", "_min", "_max"))
+    return f"{middle} [{low}, {high}]"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and not fewer than two decimals below 10."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return (
+        f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.2f}"
+        if abs(value) >= 1
+        else f"{value:.3g}"
+    )
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """A line for each row, with its device and threads."""
+    import pandas as pd
+
+    lines = [{"device": place(row["facts"]), **cells(row)} for row in rows]
+    return pd.DataFrame(lines)
+
+
+def place(facts: Mapping[str, Any]) -> str:
+    """Device and, on the CPU, threads."""
+    threads = f", {facts['threads']} thread" + "s" * (facts["threads"] > 1)
+    return facts["cpu"] + threads if facts["device"] == "cpu" else facts["device"]
+
+
+def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
+    """Write rows, table and figure to `figures/bench/`; returns the folder.
+
+    Rows of other devices, and of sections that were not measured now, stay.
+    """
+    from gpvae import plots, tables
+
+    folder = paths.figures(PROFILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = [row | {"facts": dict(facts)} for row in rows]
+    measured = {key(row) for row in new}
+    kept = [row for row in read_json_lines(folder / "rows.jsonl") if key(row) not in measured]
+    everything = sorted([*kept, *new], key=lambda row: place(row["facts"]))
+    lines = "".join(json.dumps(row) + "\n" for row in everything)
+    (folder / "rows.jsonl").write_text(lines, "utf-8")
+    tables.save_table(table(everything), NAME, PROFILE)
+    here = [row for row in everything if place(row["facts"]) == place(facts)]
+    plots.use_style()
+    plots.save(figure(here), NAME, PROFILE)
+    return folder
+
+
+def key(row: Row) -> tuple[str, str]:
+    """What a new row replaces: the same section on the same device."""
+    return place(row["facts"]), row["section"]
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Ratios to the VAE of every encoder, as medians and ranges over turns, on a log axis.
+
+    Dotted lines are the targets for GPVAE.
+    """
+    import matplotlib.pyplot as plt
+
+    from gpvae import plots
+
+    chosen = [row for row in rows if row["section"] in TARGETS and row["ratio"] is not None]
+    order = sorted({method(row) for row in chosen}, key=rank)
+    found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.6), sharey=True)
+    for ax, (section, target) in zip(axes, TARGETS.items(), strict=True):
+        for row in chosen:
+            if row["section"] == section:
+                whisker(ax, row, order.index(method(row)))
+        ax.axvline(target, color=plots.COLOURS["gpvae"], lw=0.6, ls=":", zorder=0)
+        ax.set(xscale="log", xlabel=f"{section}: time relative to the VAE")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(order)), [label(name) for name in order])
+    axes[0].set_ylim(len(order) - 0.5, -0.5)
+    batches = dict.fromkeys(row["case"].partition(", ")[2] for row in chosen)
+    for name in filter(None, batches):
+        axes[1].plot([], [], "o", color="0.3", mfc=fill(name, "0.3"), label=name)
+    if axes[1].get_legend_handles_labels()[0]:
+        axes[1].legend(loc="upper right")
+    return found
+
+
+def whisker(ax: Axes, row: Row, line: int) -> None:
+    """Median and range of a row's ratios; latency (batch 1) above, with an open marker."""
+    from gpvae import plots
+
+    batch = row["case"].partition(", ")[2]
+    y = line + (0.15 if batch not in ("", "batch 1") else -0.15 if batch else 0.0)
+    colour = plots.COLOURS[encoder(method(row))[0]]
+    ax.plot([row["ratio_min"], row["ratio_max"]], [y, y], color=colour, lw=1)
+    ax.plot(row["ratio"], y, "o", color=colour, mfc=fill(batch, colour))
+
+
+def fill(batch: str, colour: object) -> object:
+    """Colour of a marker's face."""
+    return "white" if batch == "batch 1" else colour
+
+
+def method(row: Row) -> str:
+    """Method of a row, such as `iaf4`."""
+    return row["case"].partition(", ")[0]
+
+
+def encoder(name: str) -> tuple[str, str]:
+    """Encoder of a method, and its number of steps or components if it has one."""
+    bare = name.rstrip("0123456789")
+    return bare, name[len(bare) :]
+
+
+def rank(name: str) -> tuple[int, str]:
+    """The place of a method in tables."""
+    bare, count = encoder(name)
+    return METHODS.index(bare), count
+
+
+def label(name: str) -> str:
+    """A method's name for readers."""
+    from gpvae.tables import LABELS
+
+    bare, count = encoder(name)
+    return f"{LABELS[bare]} {count}".strip()

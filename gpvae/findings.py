@@ -1,0 +1,239 @@
+"""What the evidence says about the paper's three claims, as sentences computed from rows.
+
+Intervals are 95% over seeds, differences paired by seed and image, all in nats per image. A claim
+`holds` if its sentence is supported for every output distribution of the profile, `holds in part`
+if for some, and `does not hold here` otherwise; `not measured` says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpvae import events, paths
+from gpvae.config import Profile, RunConfig, differences
+from gpvae.results import Results, Row
+from gpvae.stats import Interval, mean_interval, spearman_interval
+from gpvae.tables import LABELS, by_encoder, format_interval, mean_of, paired, select
+
+HOLDS, IN_PART, FAILS, UNKNOWN = (
+    "holds",
+    "holds in part",
+    "does not hold here",
+    "not measured",
+)
+SCORE = "relative_f_var"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, what is known of it, and the verdict.
+
+    Args:
+        claim: one sentence.
+        verdict: one of the four above.
+        evidence: sentences with numbers.
+        conditions: what the evidence was measured on.
+    """
+
+    claim: str
+    verdict: str
+    evidence: tuple[str, ...]
+    conditions: str
+
+    def markdown(self) -> str:
+        """Half a page."""
+        lines = [f"### {self.claim}", f"**Verdict: {self.verdict}.** {self.conditions}", ""]
+        return "\n".join([*lines, *(f"- {sentence}" for sentence in self.evidence), ""])
+
+
+def conditions(profile: Profile, rows: Sequence[Row]) -> str:
+    """What the rows were measured on, in one sentence."""
+    if not rows:
+        return "No rows."
+    base, first = profile.base, rows[0]
+    seeds = len({row["seed"] for row in rows})
+    e = base.evaluation
+    return (
+        f"{base.data.name}, {first['split']['train']} training and {first['split']['test']} test "
+        f"images, D = {base.model.latent_dim}, {seeds} seeds, at most {base.training.epochs} "
+        f"epochs, S = {e.samples}."
+    )
+
+
+def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Finding:
+    """Claim 1: GPVAE's test likelihood is higher than the VAE's and than every rival's."""
+    evidence, wins = [], []
+    for output in profile.outputs:
+        methods = by_encoder(profile, output, rows)
+        ours, rivals = methods.get("gpvae", []), _others(methods)
+        if not ours or not methods.get("vae"):
+            continue
+        for word, key in (("own", "log_likelihood"), ("neutral", "log_likelihood_neutral")):
+            difference = paired(results, ours, methods["vae"], key)
+            evidence.append(
+                f"{output}, {word} proposal: GPVAE − VAE = {format_interval(difference, '+')}"
+            )
+            if word == "own":
+                wins.append(difference.low > 0)
+        if rivals:
+            best = max(rivals, key=lambda name: mean_of(rivals[name], "log_likelihood").value)
+            difference = paired(results, ours, rivals[best], "log_likelihood")
+            evidence.append(
+                f"{output}: GPVAE − {LABELS[best]}, the best rival = "
+                f"{format_interval(difference, '+')} (own proposal)"
+            )
+            wins[-1] = wins[-1] and difference.low > 0
+    return Finding(
+        "1. Likelihood: higher than VAE, SA-VAE, flows and mixtures",
+        _verdict(wins),
+        tuple(evidence),
+        conditions(profile, rows),
+    )
+
+
+def speed(bench: Sequence[Mapping[str, Any]]) -> Finding:
+    """Claim 2: inference is one pass, far faster than that of semi-amortized methods.
+
+    Args:
+        bench: rows of `gpvae bench` (section "inference"), see `gpvae.bench`.
+    """
+    rows = {row["case"]: row for row in bench if row["section"] == "inference" and row["ratio"]}
+    evidence, wins = [], []
+    for case, ours in rows.items():
+        method, _, batch = case.partition(", ")
+        theirs = rows.get(f"savae4, {batch}")
+        if method != "gpvae" or theirs is None:
+            continue
+        evidence.append(
+            f"{batch}: GPVAE takes {ours['ratio']:.2f} times as long as the VAE, SA-VAE with 4 "
+            f"steps {theirs['ratio']:.1f} times"
+        )
+        wins.append(ours["ratio"] < 0.5 * theirs["ratio"])
+    device = next((row["facts"]["device"] for row in rows.values()), "")
+    return Finding(
+        "2. Speed: inference is one pass, far faster than semi-amortized methods",
+        _verdict(wins),
+        tuple(evidence) or ("no rows: run `gpvae bench --save`",),
+        f"Measured in alternation in one run on {device}." if device else "",
+    )
+
+
+def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Finding:
+    """Claim 3: Var f / E h^2 marks the images whose posterior is hard to approximate."""
+    evidence, wins = [], []
+    for output in profile.outputs:
+        ours = by_encoder(profile, output, rows).get("gpvae", [])
+        ours = [row for row in ours if "elbo_optimised" in row]
+        if not ours:
+            continue
+        score, rival = (correlation(results, ours, key) for key in (SCORE, "minus_elbo"))
+        evidence.append(
+            f"{output}: rank correlation with the amortization gap "
+            f"{format_interval(score, '+')}; of −ELBO, which needs no random function, "
+            f"{format_interval(rival, '+')}"
+        )
+        wins += [score.low > 0, score.low > rival.high]
+    return Finding(
+        "3. Difficulty: the model's uncertainty marks the hard images",
+        _verdict(wins),
+        tuple(evidence),
+        conditions(profile, rows),
+    )
+
+
+def correlation(results: Results, rows: Sequence[Row], score: str) -> Interval:
+    """Spearman's correlation of a score with the amortization gap, over seeds."""
+    values = []
+    for row in rows:
+        a = results.arrays(row)
+        a["minus_elbo"] = -a["elbo"]
+        gap = a["elbo_optimised"] - a["elbo"]
+        values.append(spearman_interval(a[score], gap, resamples=1).value)
+    return mean_interval(values)
+
+
+def regime(
+    profile: Profile, results: Results, rows: Sequence[Row], name: str
+) -> dict[str, Interval]:
+    """GPVAE − VAE in log p(x), own proposal, for each setting of one variation, by its label."""
+    base = by_encoder(profile, profile.outputs[0], rows)["vae"]
+    found = {}
+    for changes in profile.variations[name]:
+        runs = _runs(profile, name, changes)
+        found[label(changes)] = paired(results, select(rows, runs), base, "log_likelihood")
+    return found
+
+
+def label(changes: Mapping[str, Any]) -> str:
+    """What a setting changes, such as `features = 400`; the encoder goes without saying."""
+    parts = [
+        f"{key.rsplit('.', 1)[1]} = {value}"
+        for key, value in changes.items()
+        if key != "model.encoder"
+    ]
+    return ", ".join(parts)
+
+
+def regime_sentence(name: str, found: Mapping[str, Interval]) -> str:
+    """One plain sentence: where GPVAE lies above the VAE, if anywhere."""
+    measured = {k: v for k, v in found.items() if v.n > 1}
+    if not measured:
+        return f"{name}: not measured"
+    best = max(measured, key=lambda k: measured[k].value)
+    above = [k for k, v in measured.items() if v.low > 0]
+    below = [k for k, v in measured.items() if v.high < 0]
+    text = f"{name}: best at {best} with {format_interval(measured[best], '+')} nats; "
+    text += f"above the VAE at {'; '.join(above)}" if above else "nowhere above the VAE"
+    return text + (f"; below it at {'; '.join(below)}" if below else "")
+
+
+def noise_shares(
+    profile: Profile, results: Results, rows: Sequence[Row]
+) -> list[tuple[int, int, float]]:
+    """(M, N, mean Var f / E h^2) of every GPVAE row, for the M / N argument of notebook 01."""
+    known = {run.name: run for run in profile.jobs() if run.model.encoder == "gpvae"}
+    plain = {"model.gp.features", "data.train_size", "model.encoder", "seed"}
+    shares = []
+    for row in rows:
+        run = known.get(row["name"])
+        if run is None or not _only(profile.base, run, plain):
+            continue
+        share = float(np.mean(results.arrays(row)[SCORE]))
+        shares.append((run.model.gp.features, row["split"]["train"], share))
+    return shares
+
+
+def save(text: str, profile: str) -> None:
+    """Write `figures/<profile>/06_findings.md`."""
+    folder = paths.figures(profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "06_findings.md").write_text(text, "utf-8")
+    events.record(profile, "table", "06_findings", "made")
+
+
+def _only(base: RunConfig, run: RunConfig, keys: set[str]) -> bool:
+    """Whether two runs differ in these settings at most, gaps and output aside."""
+    changed = differences(base.to_dict(), run.to_dict())
+    names = {line.split(":", 1)[0] for line in changed}
+    return names <= keys | {"evaluation.gaps"} and run.model.output == base.model.output
+
+
+def _runs(profile: Profile, name: str, changes: Mapping[str, Any]) -> list[RunConfig]:
+    wanted = profile.base.override(**{"model.output": profile.outputs[0], **changes})
+    return [run for run in profile.variation(name) if run.override(seed=wanted.seed) == wanted]
+
+
+def _others(methods: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
+    return {k: v for k, v in methods.items() if v and k not in ("vae", "gpvae")}
+
+
+def _verdict(wins: Sequence[bool]) -> str:
+    if not wins:
+        return UNKNOWN
+    if all(wins):
+        return HOLDS
+    return IN_PART if any(wins) else FAILS

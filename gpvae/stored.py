@@ -1,0 +1,118 @@
+"""Rows and models that are there already: to draw and tabulate without training anything.
+
+With `stored=True` the notebooks show what was computed before, by whatever version of the code,
+here (`results/<profile>/`) or by whoever committed the figures (`figures/<profile>/`), and say what
+is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpvae import events, paths
+from gpvae.checkpoint import load_checkpoint
+from gpvae.config import RunConfig, from_dict
+from gpvae.data import Dataset
+from gpvae.errors import ConfigError
+from gpvae.experiment import Log, run_all, trained
+from gpvae.results import Results, Row, code_hash
+from gpvae.training import build_model, load_model
+from gpvae.vae import VAE
+
+SHOWN = 4  # names of missing runs that are printed
+
+
+def rows_of(
+    configs: Sequence[RunConfig],
+    profile: str,
+    fresh_since: float = 0.0,
+    workers: int | None = None,
+    stored: bool = False,
+    log: Log = print,
+) -> list[Row]:
+    """Rows of these runs: computed where they are missing or stale, or only read.
+
+    Args:
+        configs: the runs.
+        profile: whose rows.
+        fresh_since, workers: see `run_all`; for computing.
+        stored: compute nothing; take the rows of exactly these configurations, whatever code made
+            them, and leave out what is missing.
+        log: called with progress or with what is missing.
+    """
+    if not stored:
+        return run_all(configs, profile, fresh_since, workers, log)
+    known = _newest(profile)
+    found = {config.name: known.get(config.hash()) for config in configs}
+    rows = [row for row in found.values() if row]
+    missing = [name for name, row in found.items() if not row]
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        log(f"{len(missing)} of {len(found)} runs are missing: {', '.join(missing[:SHOWN])}{more}")
+    codes = sorted({row["code_hash"] for row in rows} - {code_hash()})
+    if codes:
+        log(f"stored rows were made by code {', '.join(codes)}; the present code is {code_hash()}")
+    for row in rows:
+        events.record(profile, "row", row["name"], "reused")
+    return rows
+
+
+def _newest(profile: str) -> dict[str, Row]:
+    """The newest stored row of each configuration, by hash, among those with per-image arrays."""
+    results = Results(profile)
+    rows = sorted(results.everything(), key=lambda row: row["finished"])
+    return {_hash(row): row for row in rows if results.has_arrays(row)}
+
+
+def _hash(row: Row) -> str:
+    """Hash of the row's configuration; keys that came later count with their defaults."""
+    try:
+        return from_dict(RunConfig, row["config"]).hash()
+    except ConfigError:  # a key or a value that is gone
+        return row["config_hash"]
+
+
+def model_of(
+    config: RunConfig, profile: str, data: Dataset, stored: bool = False, log: Log = print
+) -> VAE | None:
+    """The trained model of a run on the CPU; None if only stored ones are wanted and it is not.
+
+    Args:
+        config: the run.
+        profile: whose checkpoints.
+        data: the run's data.
+        stored: train nothing.
+        log: called with progress lines.
+    """
+    if not stored:
+        return trained(config, profile, data, log).model.cpu()
+    # SVI has no weights of its own: it takes those of the VAE's run.
+    owner = config.override(**{"model.encoder": "vae"}) if config.model.encoder == "svi" else config
+    row = _newest(profile).get(owner.hash())
+    if row is None:
+        return None
+    path = _checkpoint(row, profile)
+    if not path.exists():
+        return None
+    model = load_model(path, data.shape)[0]
+    if owner is config:
+        return model
+    refined = build_model(config, data.shape)
+    refined.load_state_dict(model.state_dict())
+    return refined.eval()
+
+
+def history_of(row: Row, profile: str) -> list[dict[str, float]]:
+    """Epochs and validation bounds of a stored run; empty if neither row nor checkpoint has them.
+
+    Rows of older code hold none.
+    """
+    if "history" in row:
+        return row["history"]
+    path = _checkpoint(row, profile)
+    return load_checkpoint(path)["history"] if path.exists() else []
+
+
+def _checkpoint(row: Row, profile: str) -> Path:
+    return paths.results(profile) / "runs" / f"{row['name']}-{row['key']}" / "checkpoint.pt"

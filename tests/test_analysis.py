@@ -1,0 +1,148 @@
+"""Gaps, selective refinement and step counts from rows whose numbers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rows import fake_row, store_rows
+
+import gpvae
+from gpvae.analysis import (
+    SCORE,
+    Refinement,
+    by_step_count,
+    decomposition,
+    decompositions,
+    gap_table,
+    refinement_table,
+    step_count,
+    step_differences,
+    step_table,
+)
+
+
+@pytest.fixture
+def plan():
+    return gpvae.Profile(
+        "t",
+        gpvae.RunConfig(),
+        encoders=("vae", "iaf"),
+        seeds=(0, 1),
+        outputs=("gaussian",),
+        variations={
+            "steps": (
+                {"model.encoder": "iaf", "model.flow.steps": 4},
+                {"model.encoder": "iaf", "model.flow.steps": 1},
+                {"model.encoder": "me", "model.mixture.components": 2},
+            )
+        },
+    )
+
+
+def test_gaps_add_up_and_may_be_negative(project_root, plan):
+    better = {"elbo": {"mean": 1.45}}  # the best diagonal Gaussian reaches 1.3, log p(x) is 1.6
+    rows = [
+        fake_row("vae", 0, [1.0, 2.0]),
+        fake_row("vae", 1, [2.0, 4.0]),
+        fake_row("iaf", 0, [1.0, 2.0], row=better),
+    ]
+    store = store_rows("t", rows)
+    gaps = decompositions(plan, store, rows)["gaussian"]
+    vae, iaf = gaps["vae"], gaps["iaf"]
+    assert vae.log_px.value == pytest.approx(2.35) and vae.elbo.value == pytest.approx(1.75)
+    assert vae.approximation.value == pytest.approx(0.3)
+    assert vae.amortization.value == pytest.approx(0.3)
+    assert vae.inference[:3] == pytest.approx((0.6, 0.6, 0.6))
+    assert (vae.unconverged, vae.images) == (2, 4)
+    assert iaf.amortization.value == pytest.approx(-0.15)
+    assert iaf.inference.value == pytest.approx(iaf.approximation.value - 0.15)
+    table = gap_table(plan, store, rows).set_index("method")
+    assert table.loc["VAE", "inference gap"] == "0.60 [0.60, 0.60]"
+    assert table.loc["IAF", "amortization gap"] == "-0.15 (one seed)"
+    assert list(table.seeds) == ["2 of 2", "1 of 2 (missing: 1)"]
+    assert list(table["images not converged"]) == ["2 of 4", "1 of 2"]
+
+
+def test_rows_without_gaps_are_missing_not_zero(project_root, plan):
+    row = {k: v for k, v in fake_row("vae", 0, [1.0]).items() if k != "log_px"}
+    store = store_rows("t", [row])
+    assert decomposition(store, [row]).images == 0
+    table = gap_table(plan, store, [row]).set_index("method")
+    assert (table.drop(columns=["output", "seeds"]) == "missing").all(axis=None)
+
+
+def refined(seed, score, count=4):
+    """A row of GPVAE whose image i gains i / 10 in the first step and as much in the second."""
+    steps = np.array([0.0, 1.0, 2.0])
+    bounds = np.array([-1.0] * count) + steps[:, None] * np.arange(count) / 10
+    arrays = {"refine_steps": steps, "refine_bounds": bounds, "refine_ranking": bounds}
+    row = fake_row("gpvae", seed, np.zeros(count))
+    store = store_rows("t", [row], **arrays, **{SCORE: np.asarray(score, float)})
+    return store, row
+
+
+def test_a_score_that_knows_the_gain_is_the_oracle_and_its_reverse_loses(project_root):
+    store, good = refined(0, [0, 1, 2, 3])
+    _, bad = refined(1, [3, 2, 1, 0])
+    best, worst = Refinement(store, [good]), Refinement(store, [bad])
+    assert best.choices == {"1 step": 1, "2 steps": 2}
+    for each in best.choices.values():
+        assert best.areas(SCORE, each) == best.areas("oracle", each)
+        assert best.difference(SCORE, "random", each).value > 0
+        assert worst.difference(SCORE, "random", each).value < 0
+        assert best.areas("none", each) == [0.0]
+    # Half of the budget of one step: the two images that gain most, of a total of 0.6 / 4.
+    assert best.ways_to_spend(0.5)["Var f / E h² (1 step)"] == pytest.approx(0.5 / 4)
+    assert best.ways_to_spend(0.5)["random (1 step)"] == pytest.approx(0.3 / 4)
+    assert "uniform (1 step)" not in best.ways_to_spend(0.5)
+    assert list(best.ways_to_spend(2.0)) == [
+        f"{name} (2 steps)" for name in ("uniform", "random", "Var f / E h²", "−ELBO")
+    ]
+    assert best.best(1) == [SCORE]
+    assert worst.best(1) == ["uniform", "random"]  # the same where everybody gets one step
+
+
+def test_refinement_is_averaged_over_seeds_and_tabulated(project_root):
+    store, good = refined(0, [0, 1, 2, 3])
+    _, bad = refined(1, [3, 2, 1, 0])
+    both = Refinement(store, [good, bad])
+    cost, bound = both.curve(SCORE, 1)
+    np.testing.assert_allclose(cost, np.linspace(0, 1, 5))
+    np.testing.assert_allclose(bound, both.curve("random", 1)[1])  # the two scores cancel
+    table = refinement_table({"gaussian": both})
+    assert list(table.columns[:3]) == ["output", "a selected image gets", "policy"]
+    assert len(table) == 2 * 8
+    difference = table[table.policy == "Var f / E h² − (−ELBO)"].iloc[:, -1]
+    assert all(text.startswith(("+", "-")) for text in difference)
+
+
+def test_a_model_without_a_recorded_study_has_no_refinement(project_root):
+    row = fake_row("vae", 0, [1.0])
+    refinement = Refinement(store_rows("t", [row]), [row])
+    assert refinement.studies == [] and refinement.choices == {}
+
+
+def test_step_counts_are_read_from_the_configuration():
+    config = gpvae.RunConfig().override(**{"model.encoder": "iaf", "model.flow.steps": 8})
+    assert step_count(config) == 8
+    assert step_count(config.override(**{"model.importance_samples": 5})) == 8
+
+
+def test_steps_are_compared_with_the_baseline(project_root, plan):
+    base = [fake_row("vae", seed, [1.0, 2.0]) for seed in (0, 1)]
+    few = [fake_row("iaf", seed, [1.5, 2.5], **{"model.flow.steps": 1}) for seed in (0, 1)]
+    more = [fake_row("iaf", 0, [2.0, 3.0], **{"model.flow.steps": 4})]
+    store = store_rows("t", [*base, *few, *more])
+    found = by_step_count(plan, [*more, *few])
+    assert {encoder: list(counts) for encoder, counts in found.items()} == {
+        "iaf": [1, 4],
+        "me": [2],
+    }
+    curves = step_differences(plan, store, [*more, *few], base, "log_likelihood")
+    assert curves["iaf"][1][:3] == pytest.approx((0.5, 0.5, 0.5))
+    assert curves["iaf"][4].value == pytest.approx(1.0) and curves["iaf"][4].n == 1
+    assert curves["me"][2].n == 0
+    table = step_table(plan, store, [*more, *few], base).set_index("T, K or M")
+    assert table.loc["K = 1", "difference to VAE, own"] == "+0.50 [+0.50, +0.50]"
+    assert table.loc["K = 4", "difference to VAE, neutral"] == "+1.00 (one seed)"
+    assert (table.loc["M = 2"].drop("method") == "missing").all()

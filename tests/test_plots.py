@@ -1,0 +1,94 @@
+"""Figures show what they are given: bars on the right side of zero, every method, every seed."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from gpvae import plots
+from gpvae.analysis import POLICIES, Decomposition
+from gpvae.config import METHODS
+from gpvae.stats import Interval, mean_interval
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def known(value, n=3):
+    return Interval(value, value - 0.1, value + 0.1, n)
+
+
+def gaps(approximation, amortization):
+    inference = known(approximation + amortization)
+    none = known(0.0)
+    return Decomposition(none, none, known(approximation), known(amortization), inference, 0, 9)
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def test_gap_bars_stack_to_both_sides_of_zero(ax):
+    missing = mean_interval([])
+    nothing = Decomposition(missing, missing, missing, missing, missing, 0, 0)
+    plots.gap_bars(ax, {"vae": gaps(0.5, 1.0), "iaf": gaps(0.5, -0.2), "me": nothing})
+    ends = [(b.get_x(), b.get_x() + b.get_width()) for b in ax.patches]
+    assert ends[0] == pytest.approx((0, 0.5)) and ends[1] == pytest.approx((0.5, 1.5))
+    assert ends[2] == pytest.approx((0, 0.5)) and ends[3] == pytest.approx((0, -0.2))
+    totals = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+    assert [float(x[0]) for x in totals] == pytest.approx([1.5, 0.3])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["VAE", "IAF", "ME"]
+    assert texts(ax) == ["missing"]
+
+
+def test_forest_marks_what_is_missing_and_draws_one_seed_without_a_bar(ax):
+    one = mean_interval([0.4])
+    plots.forest(ax, {"a": known(1.0), "b": one, "c": mean_interval([])}, shift=0.2, hollow=True)
+    assert texts(ax) == ["missing"]
+    heights = {float(line.get_ydata()[0]) for line in ax.lines[:-1]}
+    assert heights == {0.2, 1.2}
+    assert all(math.isnan(x) for x in ax.lines[2].get_xdata())
+    assert ax.yaxis_inverted()
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert len({tuple(plots.COLOURS[method]) for method in METHODS}) == len(METHODS)
+    assert plots.POLICY_STYLES.keys() == POLICIES.keys()
+
+
+def test_learning_curves_of_any_number_of_runs(ax):
+    history = pd.DataFrame({"epoch": [10, 20, 30], "valid_elbo": [-3.0, -1.0, -2.0]})
+    plots.learning_curves(ax, {"vae": [history, history], "gpvae": [history], "iaf": []})
+    best = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [float(line.get_xdata()[0]) for line in best] == [20] * 3
+    plots.legend_beside(ax.figure)
+    (legend,) = ax.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["VAE", "GPVAE"]
+    plots.learning_curves(ax, {"vae": []})  # nothing stored: an empty panel, no error
+
+
+def test_step_lines_name_their_parameter_and_keep_bars_apart(ax):
+    curves = {"iaf": {1: known(0.1), 8: known(0.3)}, "me": {2: known(0.2), 5: mean_interval([])}}
+    plots.step_lines(ax, curves)
+    handles, labels = ax.get_legend_handles_labels()
+    assert labels == ["IAF (K)", "ME (M)"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "5", "8"]
+    assert handles[0].lines[0].get_xdata()[0] < 1 < 2 < handles[1].lines[0].get_xdata()[0]
+
+
+def test_saved_figures_are_equal_bit_for_bit(project_root):
+    def draw():
+        figure, ax = plt.subplots()
+        plots.forest(ax, {"a": known(1.0)})
+        plots.save(figure, "x", "t")
+        plt.close(figure)
+        return [(project_root / f"figures/t/x.{kind}").read_bytes() for kind in ("png", "pdf")]
+
+    assert draw() == draw()

@@ -1,0 +1,129 @@
+"""Rendering from stored evidence: nothing is trained, and nothing stale passes for fresh."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from rows import fake_row, store_rows
+
+import gpvae
+from gpvae import experiment, paths, results, stored
+from gpvae.events import read
+from gpvae.experiment import load_data, run_all
+from gpvae.results import Results
+from gpvae.stored import history_of, model_of, rows_of
+from gpvae.tables import save_rows
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config.override(
+        **{
+            "data.train_size": 40,
+            "data.valid_size": 20,
+            "data.test_size": 12,
+            "training.epochs": 2,
+            "evaluation.gaps": False,
+        }
+    )
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def nothing_trains(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("trained something")
+
+    monkeypatch.setattr(stored, "run_all", refuse)
+    monkeypatch.setattr(stored, "trained", refuse)
+
+
+def test_computes_what_is_missing_unless_told_otherwise(project_root, config, lines):
+    (row,) = rows_of([config], "t", workers=1, log=lines.append)
+    assert row == Results("t").find(config.name) and len(lines) == 1
+
+
+def test_missing_runs_are_named_and_code_that_differs_is_said(project_root, lines, nothing_trains):
+    rows = [fake_row("vae", seed, [1.0, 2.0]) for seed in range(2)]
+    store_rows("t", rows)
+    wanted = gpvae.Profile("t", gpvae.RunConfig(), outputs=("gaussian",)).runs()
+    found = rows_of(wanted, "t", stored=True, log=lines.append)
+    assert [row["name"] for row in found] == [row["name"] for row in rows]
+    missing, code = lines
+    assert missing.startswith("8 of 10 runs are missing: digits-gaussian-d10-nall-vae-s2,")
+    assert missing.endswith("and 4 more")
+    assert code == f"stored rows were made by code c; the present code is {results.code_hash()}"
+    assert [event.status for event in read("t")[0]] == ["reused"] * 2
+
+
+def test_only_rows_of_exactly_this_configuration_count(project_root, lines, nothing_trains):
+    row = fake_row("gpvae", 0, [1.0])
+    newer = fake_row("gpvae", 0, [2.0], row={"finished": 2.0, "key": "n"})
+    store_rows("t", [newer, row, fake_row("gpvae", 0, [3.0], **{"training.epochs": 7})])
+    config = gpvae.RunConfig().override(**{"model.encoder": "gpvae"})
+    (found,) = rows_of([config], "t", stored=True, log=lines.append)
+    assert found["key"] == "n"  # the newest one
+    assert rows_of([config.override(**{"training.epochs": 8})], "t", stored=True, log=list) == []
+
+
+def test_a_row_from_before_a_key_existed_counts_with_its_default(project_root, lines):
+    row = fake_row("vae", 0, [1.0])
+    del row["config"]["evaluation"]["part"]
+    row["config_hash"] = "of another time"
+    store_rows("t", [row])
+    (found,) = rows_of([gpvae.RunConfig()], "t", stored=True, log=lines.append)
+    assert found["name"] == row["name"]
+
+
+def test_a_row_without_its_arrays_is_missing(project_root, lines, nothing_trains):
+    row = fake_row("vae", 0, [1.0])
+    store = store_rows("t", [row])
+    store.arrays_path(row).unlink()
+    assert rows_of([gpvae.RunConfig()], "t", stored=True, log=lines.append) == []
+    assert lines[0].startswith("1 of 1 runs are missing")
+
+
+def test_committed_evidence_is_found_but_never_taken_for_fresh(project_root, config, lines):
+    (row,) = run_all([config], "t", workers=1, log=lines.append)
+    arrays = Results("t").arrays(row)
+    save_rows([row], "t")
+    shutil.rmtree(paths.results("t"))
+
+    (found,) = rows_of([config], "t", stored=True, log=lines.append)
+    assert found == row
+    kept = Results("t").arrays(found)
+    np.testing.assert_array_equal(kept["log_likelihood"], arrays["log_likelihood"])
+    assert Results("t").rows() == [] and Results("t").find(config.name) is None
+    save_rows([found], "t")  # from the evidence itself: it stays
+    assert Results("t").has_arrays(found)
+
+    run_all([config], "t", workers=1, log=lines.append)
+    assert Results("t").find(config.name)["finished"] > row["finished"]
+
+
+def test_models_and_histories_come_from_checkpoints(project_root, config, lines, monkeypatch):
+    data = load_data(config)
+    (row,) = run_all([config], "t", workers=1, log=lines.append)
+    model = experiment.trained(config, "t", data).model
+    monkeypatch.setattr(results, "code_hash", lambda: "newer")
+    monkeypatch.setattr(stored, "trained", None)
+    for encoder in ("vae", "svi"):  # SVI has the VAE's weights
+        run = config.override(**{"model.encoder": encoder})
+        found = model_of(run, "t", data, stored=True)
+        assert type(found) is type(gpvae.build_model(run, data.shape)) and not found.training
+        for a, b in zip(found.parameters(), model.parameters(), strict=True):
+            assert a.equal(b)
+    assert [entry["epoch"] for entry in history_of(row, "t")] == [1, 2]
+    old = {k: v for k, v in row.items() if k != "history"}
+    assert history_of(old, "t")[0]["valid_elbo"] == row["history"][0]["valid_elbo"]
+
+    shutil.rmtree(paths.results("t") / "runs")
+    assert model_of(config, "t", data, stored=True) is None
+    assert history_of(old, "t") == []
+    assert model_of(config.override(seed=9), "t", data, stored=True) is None
