@@ -15,7 +15,9 @@ Where each idea of the paper lives:
 | rivals: refinement, Laplace                  | `SAVAE`, `SVI`, `VLAE`      | 05       |
 | rivals: flows                                | `IAFVAE`, `HouseholderVAE`  | 05       |
 | rivals: mixtures                             | `MixtureVAE`, `RecursiveMixtureVAE` | 05 |
-| gaps, AIS, selective refinement              | `gaps`, `ais`, `refine`     | -        |
+| gaps, AIS, selective refinement              | `gaps`, `ais`, `refine`     | 03       |
+| one step, eager or captured; seeds at once   | `step`, `ensemble`          | -        |
+| runs, sets of runs, verdicts                 | `experiment`, `sweep`, `findings` | 04, 06 |
 """
 
 from gpvae.config import (
@@ -23,12 +25,11 @@ from gpvae.config import (
     EvaluationConfig,
     GPConfig,
     ModelConfig,
-    Profile,
     RunConfig,
     TrainingConfig,
-    get_profile,
 )
 from gpvae.errors import GPVAEError
+from gpvae.profiles import Profile, get_profile
 
 _LAZY = {
     "DiagonalGaussian": "posteriors",

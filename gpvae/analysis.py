@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gpvae.config import Profile, RunConfig
+from gpvae.config import RunConfig
+from gpvae.profiles import Profile
 from gpvae.refine import Study
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval

@@ -89,7 +89,7 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     """
     data = load_data(config)
     results = Results(profile)
-    status, reason = _status(results, config, data, fresh_since)
+    status, reason = status_of(results, config, data, fresh_since)
     if status == "reused":
         events.record(profile, "row", config.name, status)
         return results.find(config.name)
@@ -100,10 +100,10 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     start = time.monotonic()
     model = trained(config, profile, data, log)
     seconds = {"train": model.history[-1]["seconds"]}
-    x = evaluation_images(data, config.evaluation.part, config)
+    x, began = evaluation_images(data, config.evaluation.part, config), time.monotonic()
     with cpu_threads(config.training.threads), matmul_precision(config.model.precision):
         estimates, arrays = evaluate(model.model, x, config)
-    seconds["evaluate"] = round(time.monotonic() - start, 3) - seconds["train"]
+    seconds["evaluate"] = round(time.monotonic() - began, 3)
     arrays["valid_index"] = data.valid_index
     row = _row(config, data, model, estimates, seconds)
     results.append(row, arrays)
@@ -111,9 +111,10 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     return row
 
 
-def _status(
+def status_of(
     results: Results, config: RunConfig, data: Dataset, fresh_since: float
 ) -> tuple[str, str]:
+    """What `run` would do ("made", "recomputed" or "reused") and why it computes again."""
     row = results.find(config.name)
     if row is None:
         return "made", ""

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from gpvae import events, paths
-from gpvae.config import Profile, RunConfig, differences
+from gpvae.config import RunConfig, differences
+from gpvae.profiles import Profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, spearman_interval
 from gpvae.tables import LABELS, by_encoder, format_interval, mean_of, paired, select

@@ -75,7 +75,7 @@ def survey(
         for config in dict.fromkeys(configs):
             if data is None or config.data != source:  # runs of the same images stand together
                 data, source = experiment.load_data(config), config.data
-            status, reason = experiment._status(results, config, data, fresh_since)
+            status, reason = experiment.status_of(results, config, data, fresh_since)
             row, key = results.find(config.name), run_key(config, data.hash)
             state = {"made": "missing", "recomputed": "stale", "reused": "done"}[status]
             failure = failures.get(config.name)

@@ -56,7 +56,7 @@ def reproduce(
         NotebookError: an unknown notebook or parameter, or a notebook that cannot be run.
         RunError: a disk that is full or cannot be written to.
     """
-    from gpvae.config import get_profile
+    from gpvae.profiles import get_profile
 
     get_profile(profile)
     timeout = _limit(CELL_TIMEOUT if cell_timeout is None else cell_timeout)

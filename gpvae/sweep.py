@@ -69,6 +69,9 @@ def sweep(
     if executor is not None:
         _submit_all(waiting, executor, score, fresh_since)
         return score.outcome
+    for profile in configs_by_profile:
+        together = [j.config for j in waiting if j.profile == profile and not fresh_since]
+        experiment.train_together(together, profile, log)
     for job in waiting:
         score.settle(job, lambda j=job: experiment.run(j.config, j.profile, fresh_since, log))
     return score.outcome

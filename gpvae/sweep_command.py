@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from gpvae.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from gpvae.config import Profile, RunConfig
+    from gpvae.config import RunConfig
     from gpvae.jobs import Job
+    from gpvae.profiles import Profile
     from gpvae.sweep import Outcome
 
 ALL, NONE = "all", "none"
@@ -150,9 +151,9 @@ def _with_variations(profile: Profile, names: set[str]) -> Profile:
 
 def run(args: argparse.Namespace) -> int:
     """Run `gpvae sweep` and return its exit code."""
-    from gpvae.config import get_profile
     from gpvae.jobs import survey
     from gpvae.processes import make_executor
+    from gpvae.profiles import get_profile
     from gpvae.sweep import sweep
 
     profiles = [get_profile(name) for name in args.profiles or ["digits"]]

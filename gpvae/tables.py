@@ -11,8 +11,9 @@ import pandas as pd
 from scipy import stats
 
 from gpvae import events, paths
-from gpvae.config import Profile, RunConfig
+from gpvae.config import RunConfig
 from gpvae.errors import DataError
+from gpvae.profiles import Profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, paired_interval
 

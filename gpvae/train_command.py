@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `gpvae train` and return its exit code."""
     import time
 
-    from gpvae.config import get_profile
     from gpvae.experiment import run as run_config
+    from gpvae.profiles import get_profile
     from gpvae.results import Results
 
     named = {

@@ -8,8 +8,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 import gpvae
-from gpvae.config import PROFILES, RunConfig, differences, from_dict
+from gpvae.config import RunConfig, differences, from_dict
 from gpvae.errors import ConfigError
+from gpvae.profiles import PROFILES
 
 
 def leaves(tree, prefix=""):
@@ -136,8 +137,8 @@ def test_at_least_five_seeds_where_it_counts():
 
 
 def test_presets_cover_the_data_sets_at_both_dimensions():
-    from gpvae.config import PRESETS
     from gpvae.data import names
+    from gpvae.profiles import PRESETS
 
     found = {(c.data.name, c.model.latent_dim) for c in PRESETS.values()}
     sets = set(names()) - {"digits", "omniglot-images"}

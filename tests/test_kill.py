@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import gpvae
-from gpvae import cli, config, experiment
+from gpvae import cli, experiment, profiles
 from gpvae.checkpoint import load_checkpoint
 from gpvae.mixtures import RecursiveMixtureVAE
 from gpvae.results import Results
@@ -70,7 +70,7 @@ def staged_run() -> None:
 def sweep_of_three() -> None:
     """Three jobs, one after the other, by the command."""
     base = TINY.override(**{"training.epochs": 15})
-    config.PROFILES[PROFILE] = config.Profile(
+    profiles.PROFILES[PROFILE] = profiles.Profile(
         PROFILE, base, encoders=("vae",), seeds=(0, 1, 2), outputs=("gaussian",)
     )
     assert cli.main(["sweep", "--profile", PROFILE, "--workers", "1"]) == 0

@@ -11,7 +11,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 import light
 import pytest
 
-from gpvae import cli, config, events, experiment, jobs, results, sweep_command
+from gpvae import cli, config, events, experiment, jobs, profiles, results, sweep_command
 from gpvae.errors import ConfigError, TrainingError
 from gpvae.processes import Processes
 from gpvae.results import Results
@@ -29,14 +29,14 @@ def base(tiny_config, project_root):
 @pytest.fixture
 def tiny(base, monkeypatch):
     """A profile of that name, with two encoders, two outputs, two seeds and a variation."""
-    profile = config.Profile(
+    profile = profiles.Profile(
         "tiny",
         base,
         seeds=(0, 1),
         variations={"flows": ({"model.encoder": "iaf", "model.flow.steps": 1},)},
         workers=1,
     )
-    monkeypatch.setitem(config.PROFILES, "tiny", profile)
+    monkeypatch.setitem(profiles.PROFILES, "tiny", profile)
     return profile
 
 

@@ -21,10 +21,11 @@ from gpvae.bench.measure import (
     train_case,
     training_step,
 )
-from gpvae.config import RunConfig, get_profile
+from gpvae.config import RunConfig
 from gpvae.data import load_dataset
 from gpvae.evaluate import log_likelihood
 from gpvae.experiment import cpu_threads
+from gpvae.profiles import get_profile
 from gpvae.stats import paired_interval
 from gpvae.step import matmul_precision
 from gpvae.tables import format_interval

@@ -114,8 +114,9 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
     (folder / "rows.jsonl").write_text(lines, "utf-8")
     tables.save_table(table(everything), NAME, PROFILE)
     here = [row for row in everything if place(row["facts"]) == place(facts)]
-    plots.use_style()
-    plots.save(figure(here), NAME, PROFILE)
+    if drawn := [row for row in here if row["section"] in TARGETS and row["ratio"] is not None]:
+        plots.use_style()
+        plots.save(figure(drawn), NAME, PROFILE)
     return folder
 
 
@@ -128,16 +129,18 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Ratios to the VAE of every encoder, as medians and ranges over turns, on a log axis.
 
     Dotted lines are the targets for GPVAE.
+
+    Args:
+        rows: of the sections `training` and `inference`, measured ones only.
     """
     import matplotlib.pyplot as plt
 
     from gpvae import plots
 
-    chosen = [row for row in rows if row["section"] in TARGETS and row["ratio"] is not None]
-    order = sorted({method(row) for row in chosen}, key=rank)
+    order = sorted({method(row) for row in rows}, key=rank)
     found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.6), sharey=True)
     for ax, (section, target) in zip(axes, TARGETS.items(), strict=True):
-        for row in chosen:
+        for row in rows:
             if row["section"] == section:
                 whisker(ax, row, order.index(method(row)))
         ax.axvline(target, color=plots.COLOURS["gpvae"], lw=0.6, ls=":", zorder=0)
@@ -146,7 +149,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(order)), [label(name) for name in order])
     axes[0].set_ylim(len(order) - 0.5, -0.5)
-    batches = dict.fromkeys(row["case"].partition(", ")[2] for row in chosen)
+    batches = dict.fromkeys(row["case"].partition(", ")[2] for row in rows)
     for name in filter(None, batches):
         axes[1].plot([], [], "o", color="0.3", mfc=fill(name, "0.3"), label=name)
     if axes[1].get_legend_handles_labels()[0]:

@@ -1,0 +1,276 @@
+"""Sets of runs by name, and presets for the benchmark data sets.
+
+A `Profile` is what `gpvae reproduce`, `gpvae sweep` and the notebooks work through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gpvae.config import METHODS, RunConfig
+from gpvae.errors import ConfigError, unknown
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A set of runs that share a base configuration.
+
+    Args:
+        base: configuration of every run, before encoder, seed and size are filled in.
+        encoders: methods of the benchmark table.
+        seeds: one run for each.
+        outputs: output distributions of the benchmark table.
+        train_sizes: sizes of the training-size curve; None is the base configuration's.
+        variations: further runs by name of the question that they answer: changes of the base
+            configuration, each run with every seed and the first output unless it names one.
+        notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
+        workers: processes that share the runs; None for one on each core. Starting them takes
+            longer than very short runs.
+    """
+
+    name: str
+    base: RunConfig
+    encoders: tuple[str, ...] = ("vae", "gpvae")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    outputs: tuple[str, ...] = ("gaussian", "bernoulli")
+    train_sizes: tuple[int | None, ...] = (None,)
+    variations: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    notebook_scale: float = 1.0
+    workers: int | None = None
+
+    def runs(
+        self, output: str | None = None, train_sizes: tuple[int | None, ...] = (None,)
+    ) -> list[RunConfig]:
+        """All runs of the table (every encoder and seed), for one output or all of them."""
+        return [
+            replace(
+                self.base,
+                data=replace(self.base.data, train_size=size or self.base.data.train_size),
+                model=replace(self.base.model, encoder=encoder, output=out),
+                seed=seed,
+            )
+            for out in ([output] if output else self.outputs)
+            for size in train_sizes
+            for encoder in self.encoders
+            for seed in self.seeds
+        ]
+
+    def variation(self, name: str) -> list[RunConfig]:
+        """The runs of one entry of `variations`, each once, seeds innermost."""
+        first = {"model.output": self.outputs[0]}
+        runs = [
+            self.base.override(**{**first, "seed": seed, **changes})
+            for changes in self.variations[name]
+            for seed in self.seeds
+        ]
+        return list(dict.fromkeys(runs))
+
+    def size_runs(self) -> list[RunConfig]:
+        """The runs of the training-size curve that are not runs of the table, for one output."""
+        sizes = tuple(n for n in self.train_sizes if n is not None)
+        curve = ("vae", "gpvae")
+        return [
+            config.override(**{"evaluation.gaps": False})
+            for config in self.runs(self.outputs[0], sizes)
+            if config.model.encoder in curve
+        ]
+
+    def jobs(self) -> list[RunConfig]:
+        """Every run of the profile, each once."""
+        jobs = [*self.runs(), *self.size_runs()]
+        jobs += [run for name in self.variations for run in self.variation(name)]
+        return list({job.name: job for job in reversed(jobs)}.values())[::-1]
+
+
+def _paper_presets() -> dict[str, RunConfig]:
+    """A configuration for each data set of the paper's line of work, at D = 20 and D = 50."""
+    small = {"model.hidden": (500, 500)}
+    grey = {"model.network": "conv", "model.channels": (32, 64), "model.hidden": (256,)}
+    colour = {"model.network": "conv", "model.channels": (64, 128, 256), "model.hidden": (256,)}
+    large = colour | {"model.channels": (32, 64, 128, 256)}
+    networks = {
+        "mnist": small,
+        "mnist-conv": grey,
+        "fashion-mnist": small,
+        "omniglot": small,
+        "omniglot-28x28-rederived": small,
+        "frey": small,
+        "frey-conv": grey,
+        "svhn": colour,
+        "cifar10": colour,
+        "cifar10-subset": colour,
+        "celeba": large,
+    }
+    common = {"training.epochs": 2000, "training.learning_rate": 5e-4, "evaluation.samples": 5000}
+    return {
+        f"{name}-d{dim}": RunConfig().override(
+            **{
+                "data.name": name.removesuffix("-conv"),
+                "model.latent_dim": dim,
+                **common,
+                **network,
+            }
+        )
+        for name, network in networks.items()
+        for dim in (20, 50)
+    }
+
+
+PRESETS = _paper_presets()
+
+
+def _cpu_presets() -> dict[str, RunConfig]:
+    """Real images, small enough for every method and seed on two CPU cores in hours."""
+    common = {
+        "data.train_size": 10_000,
+        "data.valid_size": 1000,
+        "data.test_size": 500,
+        "model.latent_dim": 20,
+        "model.hidden": (200, 200),
+        "model.activation": "elu",
+        "model.vlae.steps": 1,
+        "training.epochs": 30,
+        "training.learning_rate": 4e-3,
+        "training.schedule": "cosine",
+        "training.evaluate_every": 5,
+        "training.valid_samples": 4,
+        "evaluation.samples": 1000,
+        "evaluation.elbo_samples": 200,
+    }
+    names = {"mnist": "mnist", "omniglot": "omniglot-28x28-rederived"}
+    return {
+        key: RunConfig().override(**{"data.name": name}, **common) for key, name in names.items()
+    }
+
+
+CPU_PRESETS = _cpu_presets()
+
+
+def _vae_candidates() -> tuple[dict[str, Any], ...]:
+    """Of these the VAE's validation bound picks one for all methods."""
+    common = {"evaluation.part": "valid", "evaluation.gaps": False, "seed": 0}
+    return tuple(
+        {
+            "training.learning_rate": rate,
+            "training.schedule": schedule,
+            "model.activation": activation,
+            **common,
+        }
+        for activation in ("relu", "elu")
+        for schedule in ("constant", "cosine")
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
+    )
+
+
+def _gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
+    """GPVAE with one option changed at a time: where might random functions help?"""
+
+    def each(key: str, values: tuple[Any, ...], **more: Any) -> tuple[dict[str, Any], ...]:
+        return tuple({"model.encoder": "gpvae", key: value, **more} for value in values)
+
+    def scarce(size: int) -> tuple[dict[str, Any], ...]:
+        return each("model.gp.features", (20, 100, 400, 1600), **{"data.train_size": size})
+
+    marginal = {"model.gp.bound": "marginal"}
+    return {
+        "features": each("model.gp.features", (20, 100, 400, 1600)),
+        "amplitude": each("model.gp.amplitude", (0.3, 1.0, 3.0, 10.0)),
+        "temperature": each("model.gp.temperature", (0.0, 0.1, 1.0, 10.0)),
+        "initial-std": each("model.gp.initial_std", (0.01, 0.1, 1.0)),
+        "covariance": each("model.gp.covariance", ("diagonal", "low-rank", "full")),
+        "residual": each("model.gp.residual", (False, True))
+        + each("model.gp.residual", (False, True), **marginal),
+        "scaling": tuple(c for size in (100, 250, 600) for c in scarce(size)),
+    }
+
+
+def _step_counts() -> tuple[dict[str, Any], ...]:
+    """Every rival at each number of steps, flows or components of its paper's tables."""
+    keys = {
+        "savae": ("model.savae.steps", (1, 2, 4, 8)),
+        "iaf": ("model.flow.steps", (1, 2, 4, 8)),
+        "hf": ("model.flow.steps", (1, 2, 4, 8)),
+        "me": ("model.mixture.components", (2, 3, 4, 5)),
+        "rme": ("model.mixture.components", (2, 3, 4, 5)),
+        "vlae": ("model.vlae.steps", (1, 2, 4, 8)),
+    }
+    return tuple(
+        {"model.encoder": encoder, key: count}
+        for encoder, (key, counts) in keys.items()
+        for count in counts
+    )
+
+
+def _profiles() -> dict[str, Profile]:
+    # Few steps an epoch, hence the step size; both values by the VAE's validation bound.
+    digits = RunConfig().override(
+        **{
+            "model.activation": "elu",
+            "training.learning_rate": 2e-3,
+            "training.patience": 80,
+        }
+    )
+    smoke = digits.override(
+        **{
+            "data.train_size": 256,
+            "data.test_size": 64,
+            "model.hidden": (32,),
+            "model.latent_dim": 4,
+            "model.gp.features": 20,
+            "training.epochs": 20,
+            "evaluation.samples": 20,
+            "evaluation.elbo_samples": 10,
+        }
+    )
+    return {
+        "smoke": Profile(
+            "smoke",
+            smoke,
+            seeds=(0, 1),
+            train_sizes=(64, None),
+            notebook_scale=0.05,
+            workers=1,
+        ),
+        "digits": Profile("digits", digits, train_sizes=(100, 250, 600, None)),
+        "rivals": Profile(
+            "rivals",
+            digits,
+            encoders=METHODS,
+            seeds=(0, 1, 2),
+            variations={"steps": _step_counts()},
+        ),
+        "regimes": Profile("regimes", digits, variations=_gp_regimes()),
+        "cpu": Profile(
+            "cpu",
+            CPU_PRESETS["mnist"],
+            encoders=METHODS,
+            variations={"tuning": _vae_candidates()},
+        ),
+        "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
+    }
+
+
+PROFILES = _profiles()
+
+
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension.
+
+    Raises:
+        ConfigError: unknown name; the nearest is suggested.
+    """
+    family, _, preset = name.partition("/")
+    if family not in PROFILES:
+        raise ConfigError(unknown("profile", name, [*PROFILES, *(f"{f}/PRESET" for f in FAMILIES)]))
+    if not preset:
+        return PROFILES[family]
+    presets = FAMILIES.get(family, {})
+    if preset not in presets:
+        known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
+        raise ConfigError(unknown("preset", name, known))
+    return replace(PROFILES[family], name=name, base=presets[preset])
