@@ -11,7 +11,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 import light
 import pytest
 
-from gpvae import cli, config, events, experiment, jobs, profiles, results, sweep_command
+from gpvae import cli, events, experiment, jobs, profiles, results, sweep_command
 from gpvae.errors import ConfigError, TrainingError
 from gpvae.processes import Processes
 from gpvae.results import Results
