@@ -1,0 +1,132 @@
+"""Verdicts and sentences from rows whose numbers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rows import fake_row, store_rows
+
+import gpvae
+from gpvae import findings
+from gpvae.findings import FAILS, HOLDS, IN_PART, UNKNOWN
+
+VALUES = np.array([1.0, 2.0, 3.0, 5.0])
+RANDOM = {"relative_f_var": np.array([0.1, 0.3, 0.2, 0.4])}
+
+
+def plan(**options):
+    return gpvae.Profile(
+        "t",
+        gpvae.RunConfig(),
+        encoders=("vae", "gpvae", "iaf"),
+        seeds=(0, 1, 2),
+        outputs=("gaussian", "bernoulli"),
+        **options,
+    )
+
+
+def stored(gains):
+    """Rows in which a method's log p(x) exceeds the VAE's by so much, with some seed noise."""
+    rows = [
+        fake_row(encoder, seed, VALUES + gain + 0.01 * seed * (gain != 0), output)
+        for (encoder, output), gain in gains.items()
+        for seed in range(3)
+    ]
+    return store_rows("t", rows, **RANDOM), rows
+
+
+def every(ours, theirs):
+    return {
+        (encoder, output): gain
+        for output, mine, his in zip(("gaussian", "bernoulli"), ours, theirs, strict=True)
+        for encoder, gain in (("vae", 0.0), ("gpvae", mine), ("iaf", his))
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ((1.0, 1.0), (0.5, 0.5), HOLDS),
+        ((1.0, -1.0), (0.5, 0.5), IN_PART),
+        ((1.0, 1.0), (2.0, 2.0), FAILS),  # above the VAE, but not above every rival
+        ((-1.0, 0.0), (0.5, 0.5), FAILS),
+    ],
+)
+def test_likelihood_claim(project_root, ours, theirs, verdict):
+    store, rows = stored(every(ours, theirs))
+    found = findings.likelihood(plan(), store, rows)
+    assert found.verdict == verdict
+    assert len(found.evidence) == 6
+    assert f"GPVAE − VAE = {ours[0] + 0.01 * (ours[0] != 0):+.2f}" in found.evidence[0]
+    assert f"**Verdict: {verdict}.**" in found.markdown()
+
+
+def test_nothing_is_claimed_without_rows(project_root):
+    store, rows = stored({})
+    for found in (
+        findings.likelihood(plan(), store, rows),
+        findings.difficulty(plan(), store, rows),
+        findings.speed([]),
+    ):
+        assert found.verdict == UNKNOWN
+
+
+def bench_row(case, ratio):
+    return {"section": "inference", "case": case, "ratio": ratio, "facts": {"device": "abacus"}}
+
+
+def test_speed_claim_compares_with_refinement():
+    rows = [bench_row("gpvae, batch 1", 1.4), bench_row("savae4, batch 1", 12.0)]
+    found = findings.speed(rows)
+    assert found.verdict == HOLDS and "abacus" in found.conditions
+    assert "1.40 times" in found.evidence[0] and "12.0 times" in found.evidence[0]
+    slow = [bench_row("gpvae, batch 9", 8.0), bench_row("savae4, batch 9", 12.0)]
+    assert findings.speed(rows + slow).verdict == IN_PART
+
+
+@pytest.mark.parametrize(
+    ("gap", "verdict"),
+    [
+        ([1, 3, 2, 4], IN_PART),  # the score's order, which is not that of -ELBO: better than it
+        ([4, 2, 3, 1], FAILS),
+    ],
+)
+def test_difficulty_claim(project_root, gap, verdict):
+    rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
+    gap = np.array(gap, float)
+    store = store_rows("t", rows, **RANDOM, elbo=VALUES, elbo_optimised=VALUES + gap)
+    found = findings.difficulty(plan(), store, rows)
+    assert found.verdict == (HOLDS if verdict == IN_PART else FAILS)
+    sign = "+1.00" if verdict == IN_PART else "-1.00"
+    assert sign in found.evidence[0]
+
+
+def test_a_score_that_a_free_one_beats_holds_in_part(project_root):
+    rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
+    store = store_rows(
+        "t", rows, **RANDOM, elbo=-np.array([1.0, 2.0, 3.0, 4.0]), elbo_optimised=np.zeros(4)
+    )
+    found = findings.difficulty(plan(), store, rows)
+    assert found.verdict == IN_PART
+    assert "+0.80" in found.evidence[0] and "+1.00" in found.evidence[0]
+
+
+def test_regimes_are_told_apart_and_summed_up(project_root):
+    settings = tuple({"model.encoder": "gpvae", "model.gp.features": m} for m in (100, 7))
+    profile = plan(variations={"features": settings})
+    rows = [fake_row("vae", seed, VALUES) for seed in range(3)]
+    rows += [fake_row("gpvae", seed, VALUES - 1 - 0.01 * seed) for seed in range(3)]
+    rows += [
+        fake_row("gpvae", seed, VALUES + 2 + 0.01 * seed, **{"model.gp.features": 7})
+        for seed in range(3)
+    ]
+    store = store_rows("t", rows, **RANDOM)
+    found = findings.regime(profile, store, rows, "features")
+    assert found["features = 100"].value == pytest.approx(-1.01)
+    assert found["features = 7"].value == pytest.approx(2.01)
+    sentence = findings.regime_sentence("features", found)
+    assert "best at features = 7" in sentence
+    assert "above the VAE at features = 7; below it at features = 100" in sentence
+    shares = findings.noise_shares(profile, store, rows)
+    assert sorted({(m, n) for m, n, _ in shares}) == [(7, 100), (100, 100)]
+    assert shares[0][2] == pytest.approx(0.25)
