@@ -1,8 +1,9 @@
 """What the evidence says about the paper's three claims, as sentences computed from rows.
 
 Intervals are 95% over seeds, differences paired by seed and image, all in nats per image. A claim
-`holds` if its sentence is supported for every output distribution of the profile, `holds in part`
-if for some, and `does not hold here` otherwise; `not measured` says what is missing.
+`holds` if every comparison supports it for every output distribution of the profile, `holds in
+part` if some do, and `does not hold here` otherwise; `not measured` says what is missing. A single
+seed gives no interval and decides nothing.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
             evidence.append(
                 f"{output}, {word} proposal: GPVAE − VAE = {format_interval(difference, '+')}"
             )
-            if word == "own":
+            if word == "own" and difference.n > 1:
                 wins.append(difference.low > 0)
         if rivals:
             best = max(rivals, key=lambda name: mean_of(rivals[name], "log_likelihood").value)
@@ -87,7 +88,8 @@ def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
                 f"{output}: GPVAE − {LABELS[best]}, the best rival = "
                 f"{format_interval(difference, '+')} (own proposal)"
             )
-            wins[-1] = wins[-1] and difference.low > 0
+            if difference.n > 1:
+                wins.append(difference.low > 0)
     return Finding(
         "1. Likelihood: higher than VAE, SA-VAE, flows and mixtures",
         _verdict(wins),
@@ -137,7 +139,8 @@ def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
             f"{format_interval(score, '+')}; of −ELBO, which needs no random function, "
             f"{format_interval(rival, '+')}"
         )
-        wins += [score.low > 0, score.low > rival.high]
+        if score.n > 1:
+            wins += [score.low > 0, score.low > rival.high]
     return Finding(
         "3. Difficulty: the model's uncertainty marks the hard images",
         _verdict(wins),
