@@ -45,7 +45,7 @@ def fake_row(encoder, seed, values, output="gaussian", seconds=1.0, epochs=70, r
         "config_hash": config.hash(),
         "code_hash": "c",
         "data_hash": "d",
-        "split": {"train": 100},
+        "split": {"train": 100, "test": len(values)},
         "seed": seed,
         "parameters": 10,
         "epochs": epochs,
