@@ -215,8 +215,8 @@ def save(text: str, profile: str) -> None:
     """Write `figures/<profile>/06_findings.md`."""
     folder = paths.figures(profile)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "06_findings.md").write_text(text, "utf-8")
-    events.record(profile, "table", "06_findings", "made")
+    (folder / "06_verdicts.md").write_text(text, "utf-8")
+    events.record(profile, "table", "06_verdicts", "made")
 
 
 def _only(base: RunConfig, run: RunConfig, keys: set[str]) -> bool:

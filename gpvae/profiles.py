@@ -230,6 +230,14 @@ def _profiles() -> dict[str, Profile]:
             smoke,
             seeds=(0, 1),
             train_sizes=(64, None),
+            variations={
+                "features": tuple(
+                    {"model.encoder": "gpvae", "model.gp.features": m} for m in (5, 20)
+                ),
+                "scaling": (
+                    {"model.encoder": "gpvae", "model.gp.features": 5, "data.train_size": 64},
+                ),
+            },
             notebook_scale=0.05,
             workers=1,
         ),

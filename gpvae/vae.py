@@ -86,7 +86,7 @@ class VAE(nn.Module):
         config: networks, latent dimension, output distribution, encoder options.
 
     Example:
-        >>> import gpvae
+        >>> import gpvae, torch
         >>> model = gpvae.VAE((1, 8, 8), gpvae.ModelConfig(latent_dim=3))
         >>> model(torch.rand(5, 1, 8, 8)).rsample((7,)).shape
         torch.Size([7, 5, 3])

@@ -34,7 +34,7 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
     )
     until(lambda: len(list(tmp_path.iterdir())) == 2)
     parent.send_signal(how)
-    errors = parent.communicate(timeout=20)[1]
+    errors = parent.communicate(timeout=120)[1]
     workers = [int(path.name) for path in tmp_path.iterdir()]
     assert len(workers) == 2  # the calls that waited never started
     until(lambda: not any(alive(pid) for pid in workers))
