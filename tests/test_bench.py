@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpvae
 from gpvae import cli, paths
-from gpvae.bench import choices, floor, library, memory, models, report
+from gpvae.bench import choices, floor, memory, models, report
 from gpvae.bench.command import SECTIONS
 from gpvae.bench.measure import Bench, compare, facts, missing, row, training_step
 from gpvae.config import METHODS
@@ -140,13 +140,13 @@ def test_precision_and_variants(bench):
 
 def test_without_pythae_nothing_is_measured(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "pythae", None)
-    (only,) = library.pythae(bench)
+    (only,) = peers.pythae(bench)
     assert "not measured (pythae" in only["note"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pythae") is None, reason="pythae is not installed")
 def test_pythae_computes_the_same_loss(bench):
-    losses = [each["value"] for each in library.pythae(bench)]
+    losses = [each["value"] for each in peers.pythae(bench)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 

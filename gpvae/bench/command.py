@@ -15,7 +15,7 @@ SECTIONS = {
     "likelihood": "gpvae.bench.floor",
     "precision": "gpvae.bench.choices",
     "variants": "gpvae.bench.choices",
-    "pythae": "gpvae.bench.library",
+    "pythae": "gpvae.bench.peers",
     "memory": "gpvae.bench.memory",
 }
 
