@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpvae
 from gpvae import cli, paths
-from gpvae.bench import choices, floor, memory, models, report
+from gpvae.bench import choices, floor, memory, models, peers, report
 from gpvae.bench.command import SECTIONS
 from gpvae.bench.measure import Bench, compare, facts, missing, row, training_step
 from gpvae.config import METHODS
