@@ -14,7 +14,9 @@ import pytest
 from gpvae.processes import make_executor
 
 PARENT = """
-import sys
+import signal
+# A shell that starts the tests in the background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gpvae.processes import Processes
 from light import report_and_sleep
 with Processes(2) as executor:
@@ -41,7 +43,7 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
     assert ("KeyboardInterrupt" in errors) == (how == signal.SIGINT)
 
 
-def until(condition, seconds=20.0):
+def until(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
