@@ -67,8 +67,7 @@ def assert_meets_evidence(model: VAE, samples: int = 4000) -> None:
     """The importance-weighted estimate of log p(x) agrees with the truth within its own error."""
     x = images(6)
     fit_encoder(model, x)
-    estimate = log_likelihood(model, x, samples, seed=3)
-    # Otherwise agreement says little. A rare large weight may leave one image without a say.
-    assert float(estimate.stderr.median()) < 0.02
+    estimate = log_likelihood(model, x, samples, seed=2)
+    assert float(estimate.stderr.max()) < 0.02  # otherwise agreement says little
     distance = (estimate.value - exact_evidence(model, x)).abs() / estimate.stderr
     assert float(distance.max()) < 4
