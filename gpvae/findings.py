@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpvae import events, paths
+from gpvae.analysis import SCORE
 from gpvae.config import RunConfig, differences
 from gpvae.profiles import Profile
 from gpvae.results import Results, Row
@@ -27,7 +28,6 @@ HOLDS, IN_PART, FAILS, UNKNOWN = (
     "does not hold here",
     "not measured",
 )
-SCORE = "relative_f_var"
 
 
 @dataclass(frozen=True)
