@@ -338,4 +338,4 @@ def test_sweep_needs_neither_jupyter_nor_papermill_nor_plots(tiny):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("12 jobs: 0 done, 0 stale, 0 failed, 12 missing\n")
+    assert done.stdout.endswith("16 jobs: 0 done, 0 stale, 0 failed, 16 missing\n")
