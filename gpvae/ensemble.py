@@ -31,7 +31,7 @@ from gpvae.config import RunConfig, differences
 from gpvae.data import Dataset
 from gpvae.errors import CheckpointError, ConfigError
 from gpvae.seed_step import SeedStep, Stacked
-from gpvae.step import captures, matmul_precision
+from gpvae.step import make_adam, matmul_precision
 from gpvae.training import (
     Trained,
     build_model,
@@ -180,12 +180,7 @@ class Ensemble:
         self.configs, self.training = list(configs), configs[0].training
         self.stacked = Stacked([build_model(c, shape).to(device).train() for c in configs])
         self.model, self.parameters = self.stacked.template, list(self.stacked.parameters.values())
-        self.optimizer = torch.optim.Adam(
-            self.parameters,
-            lr=self.training.learning_rate,
-            fused=True,
-            capturable=captures(configs[0], self.model),
-        )
+        self.optimizer = make_adam(self.parameters, configs[0], self.model)
         self.generators = [torch.Generator(device).manual_seed(c.seed) for c in configs]
         self.averages = (
             [p.detach().clone() for p in self.parameters] if self.training.average else []

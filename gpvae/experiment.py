@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gpvae import events, paths
-from gpvae.config import RunConfig
+from gpvae.config import DataConfig, RunConfig
 from gpvae.data import Dataset, load_dataset
 from gpvae.ensemble import seed_groups, train_seeds
 from gpvae.errors import GPVAEError, TrainingError
@@ -103,6 +103,8 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     x, began = evaluation_images(data, config.evaluation.part, config), time.monotonic()
     with cpu_threads(config.training.threads), matmul_precision(config.model.precision):
         estimates, arrays = evaluate(model.model, x, config)
+        if config.evaluation.outliers:
+            arrays |= evaluate_outliers(model.model, len(x), config)
     seconds["evaluate"] = round(time.monotonic() - began, 3)
     arrays["valid_index"] = data.valid_index
     row = _row(config, data, model, estimates, seconds)
@@ -168,6 +170,28 @@ def evaluate(
         arrays[name] = estimate.value
         arrays[f"{name}_stderr"] = estimate.stderr
     return estimates, {k: _small(v) for k, v in arrays.items()}
+
+
+def evaluate_outliers(model: VAE, count: int, config: RunConfig) -> dict[str, np.ndarray]:
+    """Bound and scores of the first test images of another data set, [N] each, as `outlier_...`.
+
+    Args:
+        model: trained on the images of `config.data`.
+        count: how many images, at most.
+        config: the run; `config.evaluation.outliers` names the data set.
+
+    Raises:
+        DataError: the images are not there or have another shape.
+    """
+    other = replace(config, data=DataConfig(config.evaluation.outliers, seed=config.data.seed))
+    x = evaluation_images(load_data(other), "test", other)[:count]
+    x = x.to(next(model.parameters()).device)
+    with torch.no_grad():
+        arrays = model(x).scores()
+    arrays["elbo"] = elbo(
+        model, x, config.evaluation.elbo_samples, seed=config.evaluation.seed
+    ).value
+    return {f"outlier_{name}": _small(value) for name, value in arrays.items()}
 
 
 def _small(values: torch.Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpvae.noise import Source, normal
 from gpvae.posteriors import LOG_2PI, Posterior
+from gpvae.step import capturing
 
 
 class FullGaussian(Posterior):
@@ -43,7 +44,9 @@ class FullGaussian(Posterior):
         with its axes reversed, reversed back, is an upper-triangular U^T with
         precision = U^T U and U lower triangular, so L = U^-1 is one triangular solve.
         """
-        reversed_factor = torch.linalg.cholesky(precision.flip(-1, -2))
+        # A graph cannot hold the check, which looks at numbers; the loss is NaN then.
+        turned, check = precision.flip(-1, -2), not capturing()
+        reversed_factor = torch.linalg.cholesky_ex(turned, check_errors=check).L
         lower = reversed_factor.flip(-1, -2).mT
         eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
         return cls(mean, torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False))

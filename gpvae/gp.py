@@ -38,12 +38,8 @@ class WeightPosterior(nn.Module, ABC):
         """psi^T Sigma_j psi, [B, D], for psi [B, M]."""
 
     @abstractmethod
-    def trace(self) -> Tensor:
-        """Sum of the traces of Sigma_j."""
-
-    @abstractmethod
-    def log_det(self) -> Tensor:
-        """Sum of the log-determinants of Sigma_j."""
+    def kl(self) -> Tensor:
+        """KL(q || N(0, I)) in nats, summed over the rows."""
 
     @abstractmethod
     def covariance(self) -> Tensor:
@@ -54,11 +50,6 @@ class WeightPosterior(nn.Module, ABC):
         # The floor keeps the square root's gradient finite; it is far below rounding error.
         variance = self.variance(psi).clamp_min(torch.finfo(psi.dtype).tiny)
         return psi @ self.mean.T, variance.sqrt()
-
-    def kl(self) -> Tensor:
-        """KL(q || N(0, I)) in nats, summed over the rows."""
-        constant = self.mean.numel()
-        return 0.5 * (self.trace() + (self.mean**2).sum() - constant - self.log_det())
 
 
 class DiagonalWeights(WeightPosterior):
@@ -72,11 +63,9 @@ class DiagonalWeights(WeightPosterior):
     def variance(self, psi: Tensor) -> Tensor:
         return psi**2 @ torch.exp(2 * self.log_std).T
 
-    def trace(self) -> Tensor:
-        return torch.exp(2 * self.log_std).sum()
-
-    def log_det(self) -> Tensor:
-        return 2 * self.log_std.sum()
+    def kl(self) -> Tensor:
+        log_variance = 2 * self.log_std
+        return 0.5 * (self.mean**2 + log_variance.exp() - log_variance - 1).sum()
 
     def covariance(self) -> Tensor:
         return torch.diag_embed(torch.exp(2 * self.log_std))
@@ -100,15 +89,13 @@ class LowRankWeights(DiagonalWeights):
         projected = torch.einsum("bm,dmk->bdk", psi, self.factor)
         return super().variance(psi) + (projected**2).sum(-1)
 
-    def trace(self) -> Tensor:
-        return super().trace() + (self.factor**2).sum()
-
-    def log_det(self) -> Tensor:
+    def kl(self) -> Tensor:
         # Matrix determinant lemma: |S + L L^T| = |S| |I + L^T S^-1 L|, a K x K problem.
         scaled = self.factor * torch.exp(-self.log_std)[..., None]
         small = scaled.mT @ scaled
         eye = torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
-        return super().log_det() + torch.linalg.slogdet(eye + small).logabsdet.sum()
+        log_det = torch.linalg.slogdet(eye + small).logabsdet.sum()
+        return super().kl() + 0.5 * ((self.factor**2).sum() - log_det)
 
     def covariance(self) -> Tensor:
         return super().covariance() + self.factor @ self.factor.mT
@@ -130,11 +117,9 @@ class FullWeights(WeightPosterior):
     def variance(self, psi: Tensor) -> Tensor:
         return (torch.einsum("bm,dmk->bdk", psi, self.cholesky()) ** 2).sum(-1)
 
-    def trace(self) -> Tensor:
-        return (self.cholesky() ** 2).sum()
-
-    def log_det(self) -> Tensor:
-        return 2 * self.log_diagonal.sum()
+    def kl(self) -> Tensor:
+        trace, log_det = (self.cholesky() ** 2).sum(), 2 * self.log_diagonal.sum()
+        return 0.5 * (trace + (self.mean**2).sum() - self.mean.numel() - log_det)
 
     def covariance(self) -> Tensor:
         return self.cholesky() @ self.cholesky().mT
@@ -148,6 +133,10 @@ class RandomFunctionEncoder(GaussianEncoder):
 
     b and log c are the VAE's heads; psi is one more head on the same trunk, so inference stays
     one pass. With zero weight means and covariances it is the VAE's encoder.
+
+    Attributes:
+        weights: posterior of the rows of W, then of those of U: together they need half as many
+            products. A function that is not random has no rows; None if neither is.
     """
 
     def __init__(self, shape: tuple[int, int, int], config: ModelConfig) -> None:
@@ -158,8 +147,9 @@ class RandomFunctionEncoder(GaussianEncoder):
         weights = WEIGHTS[gp.covariance]
         self.scale = gp.amplitude / math.sqrt(gp.features)
         self.psi_head = nn.Linear(self.trunk.out_features, gp.features)
-        self.f_weights = weights(config.latent_dim, gp.features, gp) if gp.random_mean else None
-        self.h_weights = weights(config.latent_dim, gp.features, gp) if gp.random_std else None
+        self.random = (gp.random_mean, gp.random_std)
+        rows = sum(self.random) * config.latent_dim
+        self.weights = weights(rows, gp.features, gp) if rows else None
         self.marginal = gp.bound == "marginal"
         self.residual_head = None
         if gp.residual:
@@ -175,17 +165,22 @@ class RandomFunctionEncoder(GaussianEncoder):
         r = self.trunk(x)
         psi = self._psi(r)
         b, c = self.mean_head(r), self.log_std_head(r).exp()
-        zero = torch.zeros_like(b)
-        f, f_std = self.f_weights(psi) if self.f_weights is not None else (zero, zero)
-        h, h_std = self.h_weights(psi) if self.h_weights is not None else (zero, zero)
+        (f, f_std), (h, h_std) = self._functions(psi, torch.zeros_like(b))
         if self.residual_head is not None:
             f_std = torch.hypot(f_std, self.residual_head(r).exp())
         return RandomFunctionPosterior(f + b, f_std, h + c, h_std, marginal=self.marginal)
 
     def weight_kl(self) -> Tensor:
         """KL(q(W) || p(W)) + KL(q(U) || p(U)), in nats for the whole training set."""
-        parts = [w.kl() for w in (self.f_weights, self.h_weights) if w is not None]
-        return sum(parts) if parts else super().weight_kl()
+        return super().weight_kl() if self.weights is None else self.weights.kl()
+
+    def _functions(self, psi: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of W psi and of U psi, each [B, D]."""
+        if self.weights is None:
+            return [(zero, zero)] * 2
+        count = sum(self.random)
+        parts = iter(zip(*(v.chunk(count, -1) for v in self.weights(psi)), strict=True))
+        return [next(parts) if random else (zero, zero) for random in self.random]
 
     def _psi(self, trunk: Tensor) -> Tensor:
         return self.scale * self.psi_head(trunk).tanh()
@@ -202,7 +197,7 @@ class GPVAE(VAE):
         >>> import gpvae
         >>> posterior = gpvae.GPVAE((1, 8, 8))(torch.rand(5, 1, 8, 8))
         >>> sorted(posterior.scores())
-        ['f_var', 'h_var', 'relative_f_var']
+        ['expected_gap', 'f_var', 'h_var', 'relative_f_var']
     """
 
     encoder_type = RandomFunctionEncoder

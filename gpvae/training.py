@@ -23,7 +23,7 @@ from gpvae.memory import is_out_of_memory
 from gpvae.mixtures import MixtureVAE, RecursiveMixtureVAE
 from gpvae.outputs import make_output
 from gpvae.savae import SAVAE
-from gpvae.step import Step, captures, matmul_precision, swapped
+from gpvae.step import Step, compiles, make_adam, matmul_precision, swapped
 from gpvae.svi import SVI
 from gpvae.vae import VAE
 from gpvae.vlae import VLAE
@@ -119,9 +119,7 @@ def train(
     images = data.train.to(device)
     valid = evaluation_images(data, "valid", config).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(
-        parameters, lr=t.learning_rate, fused=True, capturable=captures(config, model)
-    )
+    optimizer = make_adam(parameters, config, model, compiles(config, model))
     generator = torch.Generator(device).manual_seed(config.seed)
     averages = [p.detach().clone() for p in parameters] if t.average else []
     state = State(model, optimizer, generator, averages)

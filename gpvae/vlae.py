@@ -40,6 +40,7 @@ from gpvae.evaluate import IMAGES_PER_BLOCK
 from gpvae.full_gaussian import FullGaussian
 from gpvae.outputs import Output
 from gpvae.posteriors import DiagonalGaussian
+from gpvae.step import capturing
 from gpvae.vae import VAE, GaussianEncoder, Generative
 
 
@@ -105,7 +106,8 @@ class JacobianProducts(torch.autograd.Function):
 def newton_step(gradient: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
     """Lambda^-1 gradient, [B, D], and where it could be computed, [B]."""
     factor, info = torch.linalg.cholesky_ex(precision)
-    step = torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+    half = torch.linalg.solve_triangular(factor, gradient[..., None], upper=False)
+    step = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
     return step, (info == 0) & torch.isfinite(step).all(-1)
 
 
@@ -149,6 +151,8 @@ class LaplaceEncoder(GaussianEncoder):
             z = z + self.options.rate / (t + 1) ** self.options.decay * step
             fine &= ok
         precision = newton_terms(generative, x, z)[1]
+        if capturing():  # there the loss tells, at the end of the epoch
+            return FullGaussian.from_precision(z, precision)
         fine &= usable(precision)
         if bool(fine.all()):
             return FullGaussian.from_precision(z, precision)
@@ -202,7 +206,6 @@ class VLAE(VAE):
     """
 
     encoder_type = LaplaceEncoder
-    capturable = False  # a Newton step that fails is found by looking at numbers
 
     def __init__(self, shape: tuple[int, int, int], config: ModelConfig | None = None) -> None:
         super().__init__(shape, config or ModelConfig(encoder="vlae"))

@@ -76,22 +76,22 @@ def test_local_reparameterisation_equals_sampling_weights():
     """Mean and variance of z over sampled weight matrices are those of the posterior."""
     model, _ = models("full")
     with torch.no_grad():
-        for weights in (model.encoder.f_weights, model.encoder.h_weights):
-            weights.mean.normal_(std=0.5)
-            weights.lower.normal_(std=0.3)
+        model.encoder.weights.mean.normal_(std=0.5)
+        model.encoder.weights.lower.normal_(std=0.3)
     x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
     encoder = model.encoder
     psi, trunk = encoder.psi(x), encoder.trunk(x)
     draws = 200_000
 
-    def function_draws(weights, offset):
+    def function_draws(own, offset):
         noise = torch.randn(draws, 3, 7, dtype=torch.float64)
-        rows = weights.mean + torch.einsum("dmk,sdk->sdm", weights.cholesky(), noise)
+        factor, mean = encoder.weights.cholesky()[own], encoder.weights.mean[own]
+        rows = mean + torch.einsum("dmk,sdk->sdm", factor, noise)
         return torch.einsum("sdm,bm->sbd", rows, psi) + offset
 
     with torch.no_grad():
-        f = function_draws(encoder.f_weights, encoder.mean_head(trunk))
-        h = function_draws(encoder.h_weights, encoder.log_std_head(trunk).exp())
+        f = function_draws(slice(3), encoder.mean_head(trunk))
+        h = function_draws(slice(3, 6), encoder.log_std_head(trunk).exp())
         z = f + h * torch.randn_like(f)
         q = model(x)
         stderr = q.std / math.sqrt(draws)
@@ -106,8 +106,7 @@ def test_without_weight_covariance_it_is_the_vae():
     """Sigma = Gamma = 0 and mu = eta = 0: same posterior, bound and likelihood as the VAE."""
     model, vae = models()
     with torch.no_grad():
-        for weights in (model.encoder.f_weights, model.encoder.h_weights):
-            weights.log_std.fill_(-math.inf)
+        model.encoder.weights.log_std.fill_(-math.inf)
     x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
     q, reference = model(x), vae(x)
     torch.testing.assert_close(q.mean, reference.mean, rtol=0, atol=0)

@@ -69,9 +69,19 @@ def staged_run() -> None:
 
 def sweep_of_three() -> None:
     """Three jobs, one after the other, by the command."""
-    base = TINY.override(**{"training.epochs": 15})
+    sweep(TINY.override(**{"training.epochs": 15}), seeds=(0, 1, 2))
+
+
+def seeds_as_a_batch() -> None:
+    """Two jobs whose weights are trained as one batch, as is otherwise done on a GPU only."""
+    experiment._on_gpu = lambda config: True
+    sweep(TINY.override(**{"training.epochs": 40}), seeds=(0, 1))
+
+
+def sweep(base: gpvae.RunConfig, seeds: tuple[int, ...]) -> None:
+    """Runs that differ in their seed, by the command."""
     profiles.PROFILES[PROFILE] = profiles.Profile(
-        PROFILE, base, encoders=("vae",), seeds=(0, 1, 2), outputs=("gaussian",)
+        PROFILE, base, encoders=("vae",), seeds=seeds, outputs=("gaussian",)
     )
     assert cli.main(["sweep", "--profile", PROFILE, "--workers", "1"]) == 0
 
@@ -95,7 +105,7 @@ CASES = {
     "run": Case(single_run, rows=1, seed=0),
     "stages": Case(staged_run, rows=1, seed=1),
     "sweep": Case(sweep_of_three, rows=3, seed=2),
-    # A run of several seeds as one batch belongs here, as a Case with a function above.
+    "seeds": Case(seeds_as_a_batch, rows=2, seed=3),
 }
 
 
@@ -161,6 +171,8 @@ def kill(process: BaseProcess, root: Path) -> Kill | None:
     assert process.exitcode == -signal.SIGKILL
     results = results_in(root)
     last = [load_checkpoint(path)["history"][-1] for path in checkpoints(results)]
+    for path in results.folder.glob("ensembles/*/ensemble.pt"):
+        last += [member["history"][-1] for member in torch.load(path)["members"]]
     stage = max((row.get("stage", 1) for row in last), default=1)
     return Kill(sum(int(row["epoch"]) for row in last), int(stage), len(results.rows()))
 

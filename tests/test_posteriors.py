@@ -10,6 +10,7 @@ import torch
 from scipy import integrate, stats
 
 from gpvae.posteriors import DiagonalGaussian, RandomFunctionPosterior
+from gpvae.special import expected_log_square
 
 CASES = [  # F, S, H, T
     (0.4, 0.5, 0.8, 0.3),
@@ -149,6 +150,29 @@ def test_scores_are_their_definitions():
     torch.testing.assert_close(scores["relative_f_var"], (s**2 / (h**2 + t**2)).mean(1))
     torch.testing.assert_close(scores["f_var"], (s**2).sum(1))
     torch.testing.assert_close(scores["h_var"], (t**2).sum(1))
+
+
+def test_expected_gap_is_the_mean_kl_to_the_gaussian_of_the_same_moments():
+    torch.manual_seed(0)
+    s, h, t = (torch.rand(4, 3).double() + 0.1 for _ in range(3))
+    mean = torch.randn(4, 3).double()
+    q = RandomFunctionPosterior(mean, s, h, t)
+    draws = mean + s * torch.randn(20_000, 4, 3), (h + t * torch.randn(20_000, 4, 3)).abs()
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(*draws), normal(q.mean, q.std)).sum(-1)
+    error = kl.std(0) / math.sqrt(len(kl))
+    assert ((q.scores()["expected_gap"] - kl.mean(0)).abs() < 4 * error).all()
+    certain = RandomFunctionPosterior(mean, 0 * s, h, 0 * t).scores()["expected_gap"]
+    torch.testing.assert_close(certain, torch.zeros_like(certain), rtol=0, atol=1e-12)
+
+
+def test_gradient_of_the_expected_kl():
+    torch.manual_seed(0)
+    parts = [(torch.rand(4, 3).double() + 0.1).requires_grad_() for _ in range(4)]
+    assert torch.autograd.gradcheck(lambda *p: RandomFunctionPosterior(*p).kl(), parts)
+    f, s, h, t = parts
+    value = 0.5 * (f**2 + s**2 + h**2 + t**2 - 1 - expected_log_square(h, t)).sum(-1)
+    torch.testing.assert_close(RandomFunctionPosterior(*parts).kl(), value)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "random"])

@@ -173,6 +173,16 @@ def test_gaps_and_scores_of_a_run(project_root, config):
     assert (arrays["relative_f_var"] > 0).all()
 
 
+def test_outliers_get_the_bound_and_scores_of_other_images(project_root, config):
+    options = {"data.valid_size": None, "evaluation.outliers": config.data.name}
+    row = run(config.override(**options, **{"model.encoder": "gpvae"}), "p", log=lambda line: None)
+    arrays = Results("p").arrays(row)
+    own = {name.removeprefix("outlier_"): a for name, a in arrays.items() if "outlier" in name}
+    assert {"elbo", "relative_f_var", "expected_gap"} <= set(own)
+    for name, values in own.items():  # here they are the test images themselves
+        np.testing.assert_allclose(values, arrays[name][: len(values)], rtol=1e-5)
+
+
 def test_checkpoint_of_a_row_gives_its_numbers_back(project_root, config):
     row = run(config, "t", log=lambda line: None)
     model = experiment.trained(config, "t", log=lambda line: None).model

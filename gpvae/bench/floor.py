@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gpvae.bench.measure import Bench, Case, Row, compare, row, train_case
+from gpvae.bench.measure import Bench, Case, Row, compare, repeated, row, train_case
 from gpvae.config import ModelConfig
 from gpvae.evaluate import DRAWS_PER_BLOCK, TEMPORARIES, log_likelihood
 from gpvae.memory import Memory
@@ -100,8 +100,8 @@ def floor(bench: Bench) -> Iterator[Row]:
 
     products, moved = step_products(layers, batch), step_bytes(layers, batch)
     cases = {
-        "matrix products of a step": again_of(bench, product_case(bench, products)),
-        "bytes of a step outside them": again_of(bench, copy_case(bench, moved)),
+        "matrix products of a step": repeated(bench, product_case(bench, products)),
+        "bytes of a step outside them": repeated(bench, copy_case(bench, moved)),
         "training step, vae": train_case(bench, config),
     }
     seconds = alternate(cases, bench.repeats, warmup=1)
@@ -114,16 +114,6 @@ def floor(bench: Bench) -> Iterator[Row]:
     yield row("floor", "floor of the step", ms=bounds, note=note)
     ratios = [step / bound for step, bound in zip(each[2], bounds, strict=True)]
     yield row("floor", names[2], ms=each[2], ratios=ratios, relative_to="floor of the step")
-
-
-def again_of(bench: Bench, case: Case) -> Case:
-    """The case as often as there are steps between two readings of the clock."""
-
-    def repeated() -> None:
-        for _ in range(bench.steps):
-            case()
-
-    return repeated
 
 
 def rates(bench: Bench, layers: Sequence[Layer], batch: int) -> Iterator[Row]:
@@ -141,7 +131,7 @@ def rates(bench: Bench, layers: Sequence[Layer], batch: int) -> Iterator[Row]:
 
 def rate(bench: Bench, name: str, case: Case, amount: float, unit: str) -> Iterator[Row]:
     """The row of one case with its rate, amount / 1e9 in a second."""
-    (found,) = compare(bench, "floor", {name: case}, name)
+    (found,) = compare(bench, "floor", {name: repeated(bench, case)}, name, bench.steps)
     found |= {"ratio": None, "ratio_min": None, "ratio_max": None, "relative_to": ""}
     yield found | {"value": amount / found["ms"] / 1e6, "unit": unit}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from gpvae.config import RunConfig
 from gpvae.data import Images
 from gpvae.results import code_hash, versions
-from gpvae.step import Step, captures, matmul_precision
+from gpvae.step import Step, compiles, make_adam, matmul_precision
 from gpvae.timing import alternate
 from gpvae.training import build_model
 from gpvae.vae import VAE
@@ -192,19 +192,19 @@ def times(
     calls = {name: max(1, round(TURN / max(first[name], 1e-7))) for name in cases}
     if bench.quick:
         calls = dict.fromkeys(cases, 1)
-    repeated = {name: again(case, calls[name]) for name, case in cases.items()}
-    seconds = alternate(repeated, repeats, warmup)
+    turns = {name: again(case, calls[name]) for name, case in cases.items()}
+    seconds = alternate(turns, repeats, warmup)
     return {name: [t / calls[name] for t in each] for name, each in seconds.items()}
 
 
 def again(case: Case, calls: int) -> Case:
     """The case, called several times."""
 
-    def repeated() -> None:
+    def often() -> None:
         for _ in range(calls):
             case()
 
-    return repeated
+    return often
 
 
 def duration(case: Case) -> float:
@@ -226,11 +226,11 @@ def training_step(
 ) -> Step:
     """The step that `gpvae.training.train` makes, or one with another Adam."""
     model = built(bench, config).train()
-    optimizer = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.training.learning_rate,
-        **(adam or {"fused": True, "capturable": captures(config, model)}),
-    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if adam:
+        optimizer = torch.optim.Adam(parameters, lr=config.training.learning_rate, **adam)
+    else:
+        optimizer = make_adam(parameters, config, model, compiles(config, model))
     generator = torch.Generator(bench.device).manual_seed(config.seed)
     return Step(model, optimizer, config, LEVELS, N_TRAIN, generator, [])
 
@@ -247,6 +247,25 @@ def epoch_of(
             return torch.stack([step(pixels) for pixels in batches()]).cpu()
 
     return epoch
+
+
+def repeated(bench: Bench, case: Case) -> Case:
+    """The case `bench.steps` times; on a GPU as one CUDA graph, so that launches do not count."""
+    often = again(case, bench.steps)
+    if not bench.on_gpu:
+        return often
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # libraries set themselves up
+        case()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        often()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
 
 
 def train_case(bench: Bench, config: RunConfig) -> Case:

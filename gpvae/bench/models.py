@@ -84,32 +84,30 @@ def infer_case(bench: Bench, config: RunConfig, x: Tensor) -> Case:
 
 
 def capture(bench: Bench) -> Iterator[Row]:
-    """The step as a CUDA graph against the eager one, and operations of a step."""
+    """The step as a CUDA graph, and compiled as well, against the eager one; operations of a step.
+
+    The value of a timed row is an epoch of MNIST's size at that rate.
+    """
     names = ("vae", "gpvae")
-    if not bench.on_gpu:
-        for name in names:
-            yield missing("capture", f"{name} captured", NO_GPU)
+    ways = {"eager": {"training.capture": False}, "captured": {}}
+    ways["captured, compiled"] = {"training.compile": True}
     for name in names:
-        cases = {f"{name} eager": bench.config(name, **{"training.capture": False})}
-        if bench.on_gpu:
-            cases[f"{name} captured"] = bench.config(name)
-            yield from epochs(bench, cases, f"{name} eager")
-        for case, config in cases.items():
+        configs = {f"{name} {way}": bench.config(name, **ways[way]) for way in ways}
+        if not bench.on_gpu:
+            yield from (missing("capture", case, NO_GPU) for case in list(configs)[1:])
+            configs = {f"{name} eager": configs[f"{name} eager"]}
+        else:
+            yield from epochs(bench, configs, f"{name} eager")
+        for case, config in configs.items():
             yield from operations(bench, case, config)
 
 
 def epochs(bench: Bench, configs: dict[str, RunConfig], base: str) -> list[Row]:
-    """Training epochs of MNIST's size, in turns."""
-    batch = bench.config().training.batch_size
-    images = bench.images(4 * batch if bench.quick else N_TRAIN)
-    steps = -(-len(images) // batch)
-
-    def batches() -> Iterator[Tensor]:
-        return images.batches(batch, torch.Generator(bench.device), scaled=False)
-
-    cases = {name: epoch_of(training_step(bench, c), batches) for name, c in configs.items()}
-    rows = compare(bench, "capture", cases, base, each=steps)
-    unit = f"s for an epoch of {len(images):,} images"
+    """Training steps in turns."""
+    cases = {name: train_case(bench, config) for name, config in configs.items()}
+    rows = compare(bench, "capture", cases, base, each=bench.steps)
+    steps = -(-N_TRAIN // bench.config().training.batch_size)
+    unit = f"s for an epoch of {N_TRAIN:,} images"
     return [found | {"value": found["ms"] / 1000 * steps, "unit": unit} for found in rows]
 
 
