@@ -237,6 +237,9 @@ class Captured:
             graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             result = self.function(place)
+        # Capture resets the generators' place on a stream of its own. Unless that is over, the
+        # first replay, which sets it, may draw other numbers than the eager step would.
+        torch.cuda.synchronize()
         return graph, place, result
 
 

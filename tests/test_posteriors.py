@@ -192,3 +192,13 @@ def test_samples_are_reparameterised():
     q = RandomFunctionPosterior(*parts)
     (q.rsample((8,)) ** 2).sum().backward()
     assert all(p.grad is not None and (p.grad != 0).all() for p in parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_density_on_a_gpu_is_that_of_the_cpu():
+    torch.manual_seed(0)
+    parts = [torch.randn(5, 3).double() for _ in range(4)]
+    z = torch.randn(7, 2, 5, 3).double()
+    ours = RandomFunctionPosterior(*(p.abs().cuda() for p in parts)).log_prob(z.cuda())
+    theirs = RandomFunctionPosterior(*(p.abs() for p in parts)).log_prob(z)
+    torch.testing.assert_close(ours.cpu(), theirs)

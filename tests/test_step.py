@@ -15,7 +15,15 @@ from gpvae import full_gaussian, savae, step, vlae
 from gpvae.checkpoint import State
 from gpvae.ensemble import batchable, train_seeds
 from gpvae.seed_step import SeedStep, Stacked
-from gpvae.step import EAGER_STEPS, Captured, Step, learning_rate, swapped, weighted_sum
+from gpvae.step import (
+    EAGER_STEPS,
+    Captured,
+    Step,
+    compiles,
+    learning_rate,
+    swapped,
+    weighted_sum,
+)
 from gpvae.training import MODELS, build_model, train
 
 CAPTURABLE = sorted(name for name, model in MODELS.items() if model.capturable)
@@ -322,6 +330,26 @@ def test_captured_and_eager_runs_of_several_seeds_agree(scheduled, blobs, encode
         torch.testing.assert_close(
             trajectory(a.history), trajectory(b.history), rtol=1e-4, atol=1e-4
         )
+
+
+@needs_gpu
+@pytest.mark.parametrize("encoder", ["vae", "gpvae", "iaf", "hf", "me"])
+def test_compiled_and_eager_runs_agree(scheduled, blobs, encoder):
+    plain = on_gpu(scheduled, encoder, True)
+    compiled = train(plain.override(**{"training.compile": True}), blobs)
+    eager = train(plain.override(**{"training.capture": False}), blobs)
+    torch.testing.assert_close(
+        trajectory(eager.history), trajectory(compiled.history), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("encoder", ["vae", "savae"])
+def test_only_captured_steps_of_encoders_that_can_be_are_compiled(scheduled, monkeypatch, encoder):
+    config = scheduled.override(**{"model.encoder": encoder, "training.compile": True})
+    model = build_model(config, SHAPE)
+    assert not compiles(config, model)  # on the CPU
+    monkeypatch.setattr(step, "captures", lambda *_: True)
+    assert compiles(config, model) == (encoder == "vae")
 
 
 @needs_gpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from gpvae.bench.measure import (
     compare,
     epoch_of,
     missing,
+    repeated,
     row,
     train_case,
     training_step,
@@ -59,7 +60,7 @@ def inference(bench: Bench) -> Iterator[Row]:
         if batch > 1 and not bench.quick:
             del timed["svi"]
             yield missing("inference", f"svi, batch {batch}", "its searches take minutes a turn")
-        cases = {name: infer_case(bench, config, x) for name, config in timed.items()}
+        cases = {name: done(bench, infer_case(bench, c, x)) for name, c in timed.items()}
         notes = {"svi": "searches for each image's optimum; random weights"}
         for found in compare(bench, "inference", cases, "vae", notes=notes):
             named = {
@@ -70,17 +71,26 @@ def inference(bench: Bench) -> Iterator[Row]:
 
 
 def infer_case(bench: Bench, config: RunConfig, x: Tensor) -> Case:
-    """q(z | x) of the images and one sample of each, ready to be read."""
+    """q(z | x) of the images and one sample of each."""
     model = built(bench, config).eval()
-    generator = torch.Generator(bench.device).manual_seed(0)
+    generator = torch.cuda.default_generators[0] if bench.on_gpu else torch.Generator()
 
     @torch.no_grad()
     def infer() -> None:
         model(x).rsample((), generator)
+
+    return infer
+
+
+def done(bench: Bench, case: Case) -> Case:
+    """The case, waiting for its result."""
+
+    def waited() -> None:
+        case()
         if bench.on_gpu:
             torch.cuda.synchronize()
 
-    return infer
+    return waited
 
 
 def capture(bench: Bench) -> Iterator[Row]:
@@ -100,6 +110,20 @@ def capture(bench: Bench) -> Iterator[Row]:
             yield from epochs(bench, configs, f"{name} eager")
         for case, config in configs.items():
             yield from operations(bench, case, config)
+    if bench.on_gpu:
+        yield from captured_inference(bench, names)
+
+
+def captured_inference(bench: Bench, names: Sequence[str]) -> Iterator[Row]:
+    """Posterior and one sample as a CUDA graph, which is what the kernels alone take."""
+    for batch in (1, 1000):
+        x = bench.binary(batch)
+        cases = {f"{name} inference captured, batch {batch}": name for name in names}
+        timed = {
+            case: repeated(bench, infer_case(bench, bench.config(name), x))
+            for case, name in cases.items()
+        }
+        yield from compare(bench, "capture", timed, next(iter(timed)), bench.steps)
 
 
 def epochs(bench: Bench, configs: dict[str, RunConfig], base: str) -> list[Row]:
