@@ -153,13 +153,15 @@ def _cpu_presets() -> dict[str, RunConfig]:
         "evaluation.elbo_samples": 200,
     }
     mnist, omniglot = "mnist", "omniglot-28x28-rederived"
-    pairs = {"mnist": (mnist, omniglot), "omniglot": (omniglot, mnist)}
-    return {
-        key: RunConfig().override(
-            **{"data.name": name, "evaluation.outliers": other, **common},
-        )
-        for key, (name, other) in pairs.items()
+    sets = {
+        "mnist": {"data.name": mnist, "evaluation.outliers": omniglot},
+        "omniglot": {"data.name": omniglot, "evaluation.outliers": mnist},
+        "cifar10": {"data.name": "cifar10-subset", "data.train_size": 7000},
+        # 1,965 images: more epochs, so that there are as many steps.
+        "frey": {"data.name": "frey", "training.epochs": 200, "data.train_size": None}
+        | {"data.valid_size": None, "data.test_size": None},
     }
+    return {key: RunConfig().override(**{**common, **changes}) for key, changes in sets.items()}
 
 
 CPU_PRESETS = _cpu_presets()
@@ -398,7 +400,8 @@ def get_profile(name: str) -> Profile:
         known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
         raise ConfigError(unknown("preset", name, known))
     found = PROFILES[family]
+    outputs = ("gaussian",) if preset in ("cifar10", "frey") else found.outputs
     same = presets[preset] == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
     variations = found.variations if same else {}
-    return replace(found, name=name, base=presets[preset], variations=variations)
+    return replace(found, name=name, base=presets[preset], outputs=outputs, variations=variations)
