@@ -71,8 +71,20 @@ def code_hash() -> str:
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and _is_docstring(body[0]):
                 body[0] = ast.Pass()
-        sha.update(ast.dump(tree).encode())
+        sha.update(repr(_plain(tree)).encode())
     return sha.hexdigest()[:16]
+
+
+def _plain(node: object) -> object:
+    """A syntax tree as nested lists. What is empty is left out: newer versions of Python have
+    fields that older ones have not, and the digest must not depend on the version.
+    """
+    if isinstance(node, list):
+        return [_plain(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _plain(value)) for name, value in ast.iter_fields(node)]
+    return [type(node).__name__, *(pair for pair in fields if pair[1] not in (None, []))]
 
 
 def _is_docstring(node: ast.AST) -> bool:

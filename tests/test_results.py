@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -153,9 +154,21 @@ def test_code_hash_ignores_comments_and_docstrings_only(tmp_path, monkeypatch):
     base = hashed('def f(x):\n    """One."""\n    return x + 1\n')
     assert hashed('# why\ndef f(x):\n    """Two."""\n\n    return x + 1\n') == base
     assert hashed('def f(x):\n    """One."""\n    return x + 2\n') != base
+    for other in ("def f(x, y=None):\n    return x + 1\n", "def f(x):\n    return +x\n"):
+        assert hashed(other) != base
     changed = hashed("x = 1")
     (tmp_path / "plots.py").write_text("y = 2")
     assert hashed("x = 1") == changed
+
+
+def test_code_hash_does_not_see_fields_that_other_versions_of_python_lack():
+    (function,) = ast.parse("def f(x):\n    return x").body
+    before = results._plain(function)
+    function._fields = (*function._fields, "made_up")
+    function.made_up = []
+    assert results._plain(function) == before
+    function.made_up = [ast.Pass()]
+    assert results._plain(function) != before
 
 
 def test_gaps_and_scores_of_a_run(project_root, config):
