@@ -18,7 +18,7 @@ from gpvae.config import RunConfig
 from gpvae.profiles import Profile
 from gpvae.refine import Study
 from gpvae.results import Results, Row
-from gpvae.stats import Interval, mean_interval
+from gpvae.stats import Interval, auroc, mean_interval
 from gpvae.tables import (
     LABELS,
     MISSING,
@@ -198,6 +198,66 @@ def refinement_table(refinements: dict[str, Refinement]) -> pd.DataFrame:
                 label = f"{POLICIES[SCORE]} − {POLICIES[other]}".replace("− −ELBO", "− (−ELBO)")
                 lines.append(line | {"policy": label, "gain": difference})
     return pd.DataFrame(lines).rename(columns={"gain": "mean gain over budgets (nats)"})
+
+
+OUTLIER_SCORES = {  # label -> score, and whose it is
+    "Var f / E h²": (SCORE, "gpvae"),
+    "Var f": ("f_var", "gpvae"),
+    "Var h": ("h_var", "gpvae"),
+    "expected gap": ("expected_gap", "gpvae"),
+    "−ELBO of GPVAE": ("elbo", "gpvae"),
+    "−ELBO of VAE": ("elbo", "vae"),
+}
+
+
+def outlier_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
+    """AUROC of each score between test images and those of another data set, over seeds.
+
+    Empty if no row has outliers.
+    """
+    lines = []
+    for output in profile.outputs:
+        methods = by_encoder(profile, output, rows)
+        for label, (score, encoder) in OUTLIER_SCORES.items():
+            arrays = [results.arrays(row) for row in methods[encoder]]
+            sign = -1 if score == "elbo" else 1
+            areas = [
+                auroc(sign * a[score], sign * a[f"outlier_{score}"])
+                for a in arrays
+                if f"outlier_{score}" in a
+            ]
+            if areas:
+                name = profile.base.evaluation.outliers
+                line = {"output": output, "outliers": name, "score": label}
+                lines.append(line | {"AUROC": format_interval(mean_interval(areas), digits=3)})
+    return pd.DataFrame(lines)
+
+
+def calibration(
+    results: Results, rows: Sequence[Row], bins: int = 10
+) -> tuple[np.ndarray, list[Interval]]:
+    """Expected against observed amortization gap by decile of the expected one.
+
+    Args:
+        results: whose arrays.
+        rows: of GPVAE for one output, one for each seed; those without gaps are left out.
+        bins: number of equal groups of images.
+
+    Returns:
+        Mean expected gap of each group, averaged over seeds, [bins], and the observed mean with
+        its interval over seeds. The expected gap is the model's own (`expected_gap`), in nats.
+    """
+    expected, observed = [], []
+    for row in rows:
+        a = results.arrays(row)
+        if "expected_gap" in a and "elbo_optimised" in a:
+            groups = np.array_split(a["expected_gap"].argsort(kind="stable"), bins)
+            gap = a["elbo_optimised"] - a["elbo"]
+            expected.append([a["expected_gap"][g].mean() for g in groups])
+            observed.append([gap[g].mean() for g in groups])
+    if not expected:
+        return np.full(bins, np.nan), [mean_interval([])] * bins
+    return np.mean(expected, 0), [mean_interval(values) for values in zip(*observed, strict=True)]
 
 
 def step_count(config: RunConfig) -> int:

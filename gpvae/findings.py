@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from gpvae import events, paths
 from gpvae.analysis import SCORE
 from gpvae.config import RunConfig, differences
-from gpvae.profiles import Profile
+from gpvae.profiles import Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, spearman_interval
+from gpvae.stored import rows_of
 from gpvae.tables import LABELS, by_encoder, format_interval, mean_of, paired, select
 
 HOLDS, IN_PART, FAILS, UNKNOWN = (
@@ -209,6 +211,32 @@ def noise_shares(
         share = float(np.mean(results.arrays(row)[SCORE]))
         shares.append((run.model.gp.features, row["split"]["train"], share))
     return shares
+
+
+PUBLISHED = {1: -86.76, 50: -84.78}  # nats, Burda et al. (2016), table 1, one layer, S = 5000
+PUBLISHED_EPOCHS = 3280
+
+
+def literature() -> pd.DataFrame:
+    """Our log p(x) of Burda et al.'s model beside theirs; empty if it was not run."""
+    profile = get_profile("burda")
+    rows = rows_of(profile.jobs(), profile.name, stored=True, log=lambda line: None)
+    lines = []
+    for row in rows:
+        k, found = row["config"]["model"]["importance_samples"], row["log_likelihood"]
+        lines.append(
+            {
+                "objective": "ELBO (k = 1)" if k == 1 else f"importance-weighted (k = {k})",
+                "ours": f"{found['mean']:.2f} ± {found['stderr']:.2f}",
+                "published": f"{PUBLISHED[k]:.2f}",
+                "ours − published": f"{found['mean'] - PUBLISHED[k]:+.2f}",
+                "our epochs": row["epochs"],
+                "their epochs": PUBLISHED_EPOCHS,
+                "S": found["samples"],
+                "test images": found["n"],
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def save(text: str, profile: str) -> None:

@@ -260,3 +260,37 @@ def refinement_curves(ax: Axes, refinement: Refinement, each: int) -> None:
 def scatter(ax: Axes, x: np.ndarray, y: np.ndarray, encoder: str) -> None:
     """Per-image scatter in the method's colour."""
     ax.plot(x, y, ".", color=COLOURS[encoder], alpha=0.5, ms=3, mew=0)
+
+
+def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) -> None:
+    """Observed against expected gap on log axes; the line is equality."""
+    value = np.array([i.value for i in observed])
+    bars = np.array([[i.value - i.low, i.high - i.value] for i in observed]).T
+    ax.errorbar(expected, value, yerr=bars, fmt="o", color=COLOURS["gpvae"], capsize=2, lw=1)
+    ends = np.array([expected.min(), max(expected.max(), value.max())])
+    ax.plot(ends, ends, color="0.5", lw=0.8, label="as expected")
+    ax.set(xscale="log", yscale="log", xlabel="expected gap (nats)")
+
+
+def cost_front(
+    ax: Axes, points: Mapping[str, tuple[float, Interval]], front: Sequence[str]
+) -> None:
+    """Difference of the bound to the VAE's against relative inference time; the front as steps."""
+    for encoder, (cost, gain) in points.items():
+        ax.plot([cost, cost], [gain.low, gain.high], color=COLOURS[encoder], lw=1)
+        ax.plot(cost, gain.value, "o", color=COLOURS[encoder], label=LABELS[encoder])
+    x, y = zip(*[(points[e][0], points[e][1].value) for e in front], strict=True)
+    ax.step(x, y, where="post", color="0.6", lw=0.8, zorder=0)
+    ax.axhline(0, color="0.8", lw=0.6, zorder=0)
+    ax.set(xscale="log", xlabel="inference time of an image, VAE = 1")
+
+
+def rank_line(ax: Axes, ranks: Mapping[str, float], difference: float) -> None:
+    """Mean ranks on a line, and the critical difference as a bar from each method's."""
+    for i, (encoder, rank) in enumerate(ranks.items()):
+        ax.plot([rank, rank + difference], [i, i], color=COLOURS[encoder], lw=1, alpha=0.6)
+        ax.plot(rank, i, "o", color=COLOURS[encoder])
+    ax.set_yticks(range(len(ranks)), [LABELS[encoder] for encoder in ranks])
+    ax.set_ylim(len(ranks) - 0.5, -0.5)
+    ax.set_xlabel("mean rank (1 is best); bar: critical difference")
+    ax.grid(axis="y", visible=False)

@@ -271,11 +271,11 @@ def _burda() -> Profile:
             "model.hidden": (200, 200),
             "model.activation": "tanh",
             "model.output": "bernoulli",
-            "training.epochs": 400,
+            "training.epochs": 200,
             "training.batch_size": 100,
             "training.learning_rate": 1e-3,
             "training.schedule": "cosine",
-            "training.patience": 400,
+            "training.patience": 200,
             "training.compile": True,
             "evaluation.samples": 5000,
             "evaluation.elbo_samples": 100,
@@ -284,7 +284,7 @@ def _burda() -> Profile:
     )
     weighted = {
         "model.importance_samples": 50,
-        "training.epochs": 200,
+        "training.epochs": 60,
         "training.valid_samples": 50,
     }
     return Profile(

@@ -33,6 +33,7 @@ NOT_NUMERICAL = {
     "__main__",
     "analysis",
     "cli",
+    "comparison",
     "config",
     "disk",
     "errors",

@@ -76,6 +76,14 @@ def spearman_interval(
     return Interval(float(value), float(low), float(high), len(x))
 
 
+def auroc(low: np.ndarray, high: np.ndarray) -> float:
+    """Probability that a value of `high` exceeds one of `low`, ties counting half: the area under
+    the ROC curve of a score that should be larger for `high`; 0.5 is chance.
+    """
+    u = stats.mannwhitneyu(np.asarray(high, float), np.asarray(low, float)).statistic
+    return float(u / (len(low) * len(high)))
+
+
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Correlation of each row of x with the same row of y; NaN where a row is constant."""
     x = x - x.mean(1, keepdims=True)

@@ -93,7 +93,6 @@ class VAE(nn.Module):
     """
 
     encoder_type: type[nn.Module] = GaussianEncoder
-    capturable = True  # its training step can be a CUDA graph
 
     def __init__(self, shape: tuple[int, int, int], config: ModelConfig | None = None) -> None:
         super().__init__()
