@@ -276,13 +276,17 @@ def cost_front(
     ax: Axes, points: Mapping[str, tuple[float, Interval]], front: Sequence[str]
 ) -> None:
     """Difference of the bound to the VAE's against relative inference time; the front as steps."""
+    if not points:
+        ax.annotate(MISSING, (0.5, 0.5), xycoords="axes fraction", color="0.5", ha="center")
+        return
     for encoder, (cost, gain) in points.items():
         ax.plot([cost, cost], [gain.low, gain.high], color=COLOURS[encoder], lw=1)
         ax.plot(cost, gain.value, "o", color=COLOURS[encoder], label=LABELS[encoder])
     x, y = zip(*[(points[e][0], points[e][1].value) for e in front], strict=True)
     ax.step(x, y, where="post", color="0.6", lw=0.8, zorder=0)
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)
-    ax.set(xscale="log", xlabel="inference time of an image, VAE = 1")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
 
 
 def rank_line(ax: Axes, ranks: Mapping[str, float], difference: float) -> None:

@@ -66,13 +66,18 @@ class Profile:
         ]
 
     def variation(self, name: str) -> list[RunConfig]:
-        """The runs of one entry of `variations`, each once, seeds innermost."""
-        first = {"model.output": self.outputs[0]}
-        runs = [
-            self.base.override(**{**first, "seed": seed, **changes})
-            for changes in self.variations[name]
-            for seed in self.seeds
-        ]
+        """The runs of one entry of `variations`, each once, seeds innermost.
+
+        They start from the settings of their encoder, except for those that chose the settings,
+        whose names begin with `tuning`.
+        """
+        chosen = {} if name.startswith("tuning") else self.settings
+        runs = []
+        for changes in self.variations[name]:
+            changes = {"model.output": self.outputs[0], **changes}
+            encoder = changes.get("model.encoder", self.base.model.encoder)
+            changes = {**chosen.get((encoder, changes["model.output"]), {}), **changes}
+            runs += [self.base.override(**{"seed": seed, **changes}) for seed in self.seeds]
         return list(dict.fromkeys(runs))
 
     def size_runs(self) -> list[RunConfig]:
@@ -314,6 +319,25 @@ def _step_counts() -> tuple[dict[str, Any], ...]:
     )
 
 
+# What `tuning-each` of the profile `rivals` chose on digits, where it is not the base configuration.
+DIGITS_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("vae", "gaussian"): {"training.learning_rate": 4e-3, "training.kl_warmup": 5},
+    ("gpvae", "gaussian"): {"model.gp.temperature": 0.1},
+    ("hf", "gaussian"): {"training.learning_rate": 4e-3},
+    ("me", "gaussian"): {"training.kl_warmup": 5},
+    ("rme", "gaussian"): {"model.mixture.first_share": 0.3, "model.mixture.fit_share": 0.1},
+    ("gpvae", "bernoulli"): {"model.gp.amplitude": 0.3},
+    ("hf", "bernoulli"): {"training.learning_rate": 4e-3},
+    ("me", "bernoulli"): {"training.kl_warmup": 5},
+    ("iaf", "bernoulli"): {"model.flow.hidden": 200},
+    ("rme", "bernoulli"): {
+        "model.mixture.fit_share": 0.1,
+        "model.mixture.divergence_bound": 5.0,
+    },
+    ("savae", "bernoulli"): {"model.savae.learning_rate": 0.2, "model.savae.clip": 0.0},
+}
+
+
 def _profiles() -> dict[str, Profile]:
     # Few steps an epoch, hence the step size; both values by the VAE's validation bound.
     digits = RunConfig().override(
@@ -352,12 +376,15 @@ def _profiles() -> dict[str, Profile]:
             notebook_scale=0.05,
             workers=1,
         ),
-        "digits": Profile("digits", digits, train_sizes=(100, 250, 600, None)),
+        "digits": Profile(
+            "digits", digits, train_sizes=(100, 250, 600, None), settings=DIGITS_SETTINGS
+        ),
         "rivals": Profile(
             "rivals",
             digits,
             encoders=METHODS,
             seeds=(0, 1, 2),
+            settings=DIGITS_SETTINGS,
             variations={
                 "steps": _step_counts(),
                 "tuning-each": _candidates(2e-3, 200, ("gaussian", "bernoulli")),
@@ -369,6 +396,11 @@ def _profiles() -> dict[str, Profile]:
             "cpu",
             CPU_PRESETS["mnist"],
             encoders=METHODS,
+            # What `tuning-each` chose on MNIST, where it is not the base configuration.
+            settings={
+                ("gpvae", "gaussian"): {"model.gp.features": 400},
+                ("vlae", "gaussian"): {"model.vlae.rate": 1.0},
+            },
             variations={
                 "tuning": _shared_candidates(),
                 "tuning-each": _candidates(4e-3, 15, ("gaussian",)),

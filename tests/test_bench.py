@@ -105,7 +105,7 @@ def test_training_and_inference_have_every_encoder(bench):
     assert all(each["relative_to"] == "vae" for each in training)
     inference = list(models.inference(bench))
     assert list(measured(inference)) == [
-        f"{n}, batch {b}" for b in (1, 20) for n in [*names, "savae8"]
+        f"{n}, batch {b}" for b in (1, 20) for n in [*names, "savae8", "vlae1"]
     ]
     figure = report.figure([*training, *inference])
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -173,7 +173,7 @@ def test_command_prints_and_saves(project_root, capsys, monkeypatch):
     assert "numbers mean nothing" in out and "gpvae" in out and "saved in" in out
     folder = paths.figures("bench")
     assert {p.name for p in folder.iterdir()} == {
-        "rows.jsonl", "speed.csv", "speed.md", "speed.pdf", "speed.png",
+        "rows.jsonl", "speed.csv", "speed.md", "speed_cpu.pdf", "speed_cpu.png",
     }  # fmt: skip
     rows = read_json_lines(folder / "rows.jsonl")
     assert all(each.keys() == KEYS | {"facts"} for each in rows)

@@ -53,7 +53,9 @@ def methods(bench: Bench) -> dict[str, RunConfig]:
 
 def inference(bench: Bench) -> Iterator[Row]:
     """Posterior and one sample: for one image (latency) and for 1000 (throughput)."""
-    configs = methods(bench) | {"savae8": bench.config("savae", **{"model.savae.steps": 8})}
+    configs = methods(bench)
+    configs["savae8"] = bench.config("savae", **{"model.savae.steps": 8})
+    configs["vlae1"] = bench.config("vlae", **{"model.vlae.steps": 1})
     for batch in (1, 20 if bench.quick else 1000):
         x = bench.binary(batch)
         timed = dict(configs)

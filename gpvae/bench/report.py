@@ -98,7 +98,7 @@ def place(facts: Mapping[str, Any]) -> str:
 
 
 def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
-    """Write rows, table and figure to `figures/bench/`; returns the folder.
+    """Write rows, table and `speed_cpu` or `speed_gpu` to `figures/bench/`; returns the folder.
 
     Rows of other devices, and of sections that were not measured now, stay.
     """
@@ -116,7 +116,8 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
     here = [row for row in everything if place(row["facts"]) == place(facts)]
     if drawn := [row for row in here if row["section"] in TARGETS and row["ratio"] is not None]:
         plots.use_style()
-        plots.save(figure(drawn), NAME, PROFILE)
+        kind = "cpu" if facts["device"] == "cpu" else "gpu"
+        plots.save(figure(drawn), f"{NAME}_{kind}", PROFILE)
     return folder
 
 
