@@ -319,7 +319,7 @@ def _step_counts() -> tuple[dict[str, Any], ...]:
     )
 
 
-# What `tuning-each` of the profile `rivals` chose on digits, where it is not the base configuration.
+# What `tuning-each` of the profile `rivals` chose on digits, where it is not the base's value.
 DIGITS_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("vae", "gaussian"): {"training.learning_rate": 4e-3, "training.kl_warmup": 5},
     ("gpvae", "gaussian"): {"model.gp.temperature": 0.1},
