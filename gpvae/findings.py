@@ -18,7 +18,7 @@ import pandas as pd
 from gpvae import events, paths
 from gpvae.analysis import SCORE
 from gpvae.config import RunConfig, differences
-from gpvae.profiles import Profile, get_profile
+from gpvae.profiles import FAMILIES, Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, spearman_interval
 from gpvae.stored import rows_of
@@ -165,13 +165,37 @@ def correlation(results: Results, rows: Sequence[Row], score: str) -> Interval:
 def regime(
     profile: Profile, results: Results, rows: Sequence[Row], name: str
 ) -> dict[str, Interval]:
-    """GPVAE − VAE in log p(x), own proposal, for each setting of one variation, by its label."""
-    base = by_encoder(profile, profile.outputs[0], rows)["vae"]
+    """GPVAE − VAE in log p(x), own proposal, for each setting of one variation, by its label.
+
+    The VAE is that of the same setting where the variation has one, else that of the table.
+    """
+    usual = by_encoder(profile, profile.outputs[0], rows)["vae"]
+    settings = profile.variations[name]
     found = {}
-    for changes in profile.variations[name]:
-        runs = _runs(profile, name, changes)
-        found[label(changes)] = paired(results, select(rows, runs), base, "log_likelihood")
+    for changes in settings:
+        if changes["model.encoder"] == "vae":
+            continue
+        same = {**changes, "model.encoder": "vae"}
+        base = select(rows, _runs(profile, name, same)) if same in settings else usual
+        ours = select(rows, _runs(profile, name, changes))
+        found[label(changes)] = paired(results, ours, base, "log_likelihood")
     return found
+
+
+def widths(profile: Profile, results: Results, rows: Sequence[Row]) -> dict[str, Interval]:
+    """GPVAE − VAE for networks of other widths (profiles `regimes/small` and `regimes/large`)."""
+    output = profile.outputs[0]
+    found = {profile.base.model.hidden: (results, by_encoder(profile, output, rows))}
+    for preset in FAMILIES["regimes"]:
+        other = get_profile(f"regimes/{preset}")
+        there = rows_of(other.runs(output), other.name, stored=True, log=lambda line: None)
+        found[other.base.model.hidden] = Results(other.name), by_encoder(other, output, there)
+    return {
+        "hidden = " + "-".join(map(str, hidden)): paired(
+            where, methods["gpvae"], methods["vae"], "log_likelihood"
+        )
+        for hidden, (where, methods) in sorted(found.items(), key=lambda item: sum(item[0]))
+    }
 
 
 def label(changes: Mapping[str, Any]) -> str:

@@ -250,6 +250,7 @@ def _gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
         return each("model.gp.features", (20, 100, 400, 1600), **{"data.train_size": size})
 
     marginal = {"model.gp.bound": "marginal"}
+    dims = [{"model.latent_dim": dim} for dim in (2, 10, 32)]
     return {
         "features": each("model.gp.features", (20, 100, 400, 1600)),
         "amplitude": each("model.gp.amplitude", (0.3, 1.0, 3.0, 10.0)),
@@ -258,6 +259,8 @@ def _gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
         "covariance": each("model.gp.covariance", ("diagonal", "low-rank", "full")),
         "residual": each("model.gp.residual", (False, True))
         + each("model.gp.residual", (False, True), **marginal),
+        # The VAE of that dimension is what it is compared with.
+        "latent-dim": tuple({"model.encoder": e, **d} for e in ("vae", "gpvae") for d in dims),
         "scaling": tuple(c for size in (100, 250, 600) for c in scarce(size)),
     }
 
@@ -391,7 +394,9 @@ def _profiles() -> dict[str, Profile]:
             },
         ),
         "burda": _burda(),
-        "regimes": Profile("regimes", digits, variations=_gp_regimes()),
+        "regimes": Profile(
+            "regimes", digits.override(**{"evaluation.gaps": False}), variations=_gp_regimes()
+        ),
         "cpu": Profile(
             "cpu",
             CPU_PRESETS["mnist"],
@@ -413,11 +418,17 @@ def _profiles() -> dict[str, Profile]:
 PROFILES = _profiles()
 
 
-FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS}
+# A run's name does not tell widths apart, so each has a profile of its own.
+WIDTHS = {
+    name: PROFILES["regimes"].base.override(**{"model.hidden": hidden})
+    for name, hidden in {"small": (20,), "large": (400, 400)}.items()
+}
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS}
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension.
+    """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension,
+    `regimes/small` and `regimes/large` the width of the networks.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested.
@@ -432,7 +443,8 @@ def get_profile(name: str) -> Profile:
         known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
         raise ConfigError(unknown("preset", name, known))
     found = PROFILES[family]
-    outputs = ("gaussian",) if preset in ("cifar10", "frey") else found.outputs
+    grey = preset in ("cifar10", "frey") or family == "regimes"
+    outputs = ("gaussian",) if grey else found.outputs
     same = presets[preset] == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
     variations = found.variations if same else {}

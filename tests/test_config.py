@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+from collections import Counter
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 import gpvae
-from gpvae.config import RunConfig, differences, from_dict
+from gpvae.config import METHODS, RunConfig, differences, from_dict
 from gpvae.errors import ConfigError
-from gpvae.profiles import PROFILES
+from gpvae.profiles import PROFILES, VALIDATION
 
 
 def leaves(tree, prefix=""):
@@ -122,13 +123,49 @@ def test_profile_grids(profile):
     assert len(runs) == len(profile.outputs) * len(profile.encoders) * len(profile.seeds)
     assert len({run.name for run in runs}) == len(runs)
     pairs = {}
-    for run in runs:  # methods differ in the encoder only
+    for run in replace(profile, settings={}).runs():  # methods differ in the encoder only
         tree = run.to_dict()
         tree["model"].pop("encoder")
         pairs.setdefault(json.dumps(tree, sort_keys=True), set()).add(run.model.encoder)
     assert all(found == set(profile.encoders) for found in pairs.values())
     sizes = {run.data.train_size for run in profile.runs("gaussian", profile.train_sizes)}
     assert len(sizes) == len(profile.train_sizes)
+
+
+@pytest.mark.parametrize("name", ["rivals", "cpu"])
+def test_settings_are_candidates_and_every_method_had_as_many(name):
+    profile = PROFILES[name]
+    searched, counts = {}, Counter()
+    for changes in profile.variations["tuning-each"]:
+        place = changes["model.encoder"], changes["model.output"]
+        counts[place] += 1
+        searched.setdefault(place, []).append(profile.base.override(**changes))
+    assert set(counts.values()) == {8}
+    assert {encoder for encoder, _ in counts} == set(METHODS) - {"svi"}
+    for place, settings in profile.settings.items():
+        first = searched[place][0]
+        common = {"training.epochs": first.training.epochs, "seed": first.seed, **VALIDATION}
+        names = {"model.encoder": place[0], "model.output": place[1]}
+        assert profile.base.override(**names, **{**common, **settings}) in searched[place]
+
+
+def test_settings_hold_for_their_encoder_and_output():
+    base = PROFILES["smoke"]
+    slow = {"training.learning_rate": 1e-5}
+    profile = replace(
+        base,
+        encoders=("vae", "svi", "gpvae"),
+        settings={("vae", "gaussian"): slow},
+        variations={"x": ({"model.encoder": "vae"},), "tuning": ({"model.encoder": "vae"},)},
+    )
+    changed = {
+        (run.model.encoder, run.model.output)
+        for run in profile.runs()
+        if run.training.learning_rate == 1e-5
+    }
+    assert changed == {("vae", "gaussian"), ("svi", "gaussian")}
+    assert all(run.training.learning_rate == 1e-5 for run in profile.variation("x"))
+    assert all(run.training.learning_rate != 1e-5 for run in profile.variation("tuning"))
 
 
 def test_at_least_five_seeds_where_it_counts():

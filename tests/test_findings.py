@@ -111,6 +111,40 @@ def test_a_score_that_a_free_one_beats_holds_in_part(project_root):
     assert "+0.80" in found.evidence[0] and "+1.00" in found.evidence[0]
 
 
+def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
+    """Dimension 2: both methods are 4 nats worse, and equal."""
+    dims = [{"model.latent_dim": dim} for dim in (2, 10)]
+    settings = tuple({"model.encoder": e, **d} for e in ("vae", "gpvae") for d in dims)
+    profile = plan(variations={"latent-dim": settings})
+    rows = [
+        fake_row(e, seed, VALUES - loss + 0.01 * seed * (e == "gpvae"), **{"model.latent_dim": d})
+        for e in ("vae", "gpvae")
+        for d, loss in ((2, 4.0), (10, 0.0))
+        for seed in range(3)
+    ]
+    found = findings.regime(profile, store_rows("t", rows), rows, "latent-dim")
+    assert list(found) == ["latent_dim = 2", "latent_dim = 10"]
+    assert [d.value for d in found.values()] == pytest.approx([0.01, 0.01])
+
+
+def test_widths_come_from_profiles_of_their_own(project_root):
+    values = {"regimes": 0.5, "regimes/small": 2.0, "regimes/large": -1.0}
+    for name, gain in values.items():
+        runs = gpvae.get_profile(name).runs("gaussian")
+        rows = [
+            fake_row(r.model.encoder, r.seed, VALUES + gain * (r.model.encoder == "gpvae"))
+            | {"config": r.to_dict()}
+            for r in runs
+        ]
+        store = store_rows(name, rows)
+        if name == "regimes":
+            own = rows, store
+    found = findings.widths(gpvae.get_profile("regimes"), own[1], own[0])
+    assert {label: d.value for label, d in found.items()} == pytest.approx(
+        {"hidden = 20": 2.0, "hidden = 100-100": 0.5, "hidden = 400-400": -1.0}
+    )
+
+
 def test_regimes_are_told_apart_and_summed_up(project_root):
     settings = tuple({"model.encoder": "gpvae", "model.gp.features": m} for m in (100, 7))
     profile = plan(variations={"features": settings})
