@@ -287,6 +287,7 @@ def cost_front(
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
 
 
 def rank_line(ax: Axes, ranks: Mapping[str, float], difference: float) -> None:

@@ -80,6 +80,12 @@ def test_speed_claim_compares_with_refinement():
     found = findings.speed(rows)
     assert found.verdict == HOLDS and "abacus" in found.conditions
     assert "1.40 times" in found.evidence[0] and "12.0 times" in found.evidence[0]
+    other = [
+        row | {"facts": {"device": "loom"}}
+        for row in (bench_row("gpvae, batch 1", 20.0), *rows[1:])
+    ]
+    both = findings.speed(rows + other)  # each device has ratios of its own
+    assert both.verdict == IN_PART and len(both.evidence) == 2 and "loom" in both.evidence[1]
     slow = [bench_row("gpvae, batch 9", 8.0), bench_row("savae4, batch 9", 12.0)]
     assert findings.speed(rows + slow).verdict == IN_PART
 
