@@ -178,7 +178,8 @@ def regime(
     for changes in settings:
         if changes["model.encoder"] == "vae":
             continue
-        same = {**changes, "model.encoder": "vae"}
+        same = {k: v for k, v in changes.items() if not k.startswith("model.gp.")}
+        same["model.encoder"] = "vae"
         base = select(rows, _runs(profile, name, same)) if same in settings else usual
         ours = select(rows, _runs(profile, name, changes))
         found[label(changes)] = paired(results, ours, base, "log_likelihood")

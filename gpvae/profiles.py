@@ -250,7 +250,10 @@ def _gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
         return each("model.gp.features", (20, 100, 400, 1600), **{"data.train_size": size})
 
     marginal = {"model.gp.bound": "marginal"}
+    both = ({"model.encoder": "vae"}, {"model.encoder": "gpvae"})
+    tempered = {"model.gp.temperature": 0.1}
     dims = [{"model.latent_dim": dim} for dim in (2, 10, 32)]
+    sizes = [{"data.train_size": size} for size in (100, 250, 600)]
     return {
         "features": each("model.gp.features", (20, 100, 400, 1600)),
         "amplitude": each("model.gp.amplitude", (0.3, 1.0, 3.0, 10.0)),
@@ -259,8 +262,11 @@ def _gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
         "covariance": each("model.gp.covariance", ("diagonal", "low-rank", "full")),
         "residual": each("model.gp.residual", (False, True))
         + each("model.gp.residual", (False, True), **marginal),
-        # The VAE of that dimension is what it is compared with.
-        "latent-dim": tuple({"model.encoder": e, **d} for e in ("vae", "gpvae") for d in dims),
+        # The VAE of that dimension or size is what it is compared with.
+        "latent-dim": tuple(method | dim for method in both for dim in dims),
+        "train-size": tuple(
+            method | size for method in (*both, both[1] | tempered) for size in sizes
+        ),
         "scaling": tuple(c for size in (100, 250, 600) for c in scarce(size)),
     }
 
@@ -443,8 +449,8 @@ def get_profile(name: str) -> Profile:
         known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
         raise ConfigError(unknown("preset", name, known))
     found = PROFILES[family]
-    grey = preset in ("cifar10", "frey") or family == "regimes"
-    outputs = ("gaussian",) if grey else found.outputs
+    one = preset in ("cifar10", "frey") or family == "regimes"
+    outputs = found.outputs[:1] if one else found.outputs
     same = presets[preset] == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
     variations = found.variations if same else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -108,7 +108,7 @@ def benchmark_table(
     """One line per output distribution and method: bounds, paired differences, gap and costs.
 
     Likelihoods are in nats per test image, as mean [95% interval over seeds]; differences are
-    paired by seed and image.
+    paired by seed and image. The best other method is that with the highest mean.
     """
     check_one_version(rows)
     lines = []
@@ -125,10 +125,28 @@ def benchmark_table(
                 reference = encoder == baseline and own
                 column = f"difference to {LABELS[baseline]}, {label}"
                 line[column] = "-" if reference else difference
+            best = best_other(methods, encoder)
+            text = format_interval(
+                paired(results, own, methods.get(best, []), "log_likelihood"), "+"
+            )
+            known = own and best
+            line["difference to the best other, own"] = (
+                f"{LABELS.get(best, best)}: {text}" if known else MISSING
+            )
             gap = mean_of(own, "elbo_optimised", minus="elbo")
             line["amortization gap"] = format_interval(gap)
             lines.append(line | _costs(own, base) | {"rank": ranks.get(encoder, MISSING)})
     return pd.DataFrame(lines)
+
+
+def best_other(methods: Mapping[str, Sequence[Row]], encoder: str) -> str:
+    """The method with the highest mean log p(x), own proposal, beside this one; "" for none."""
+    means = {
+        name: mean_of(rows, "log_likelihood").value
+        for name, rows in methods.items()
+        if rows and name != encoder
+    }
+    return max(means, key=means.__getitem__, default="")
 
 
 def _costs(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, str]:

@@ -121,6 +121,7 @@ def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
     """Dimension 2: both methods are 4 nats worse, and equal."""
     dims = [{"model.latent_dim": dim} for dim in (2, 10)]
     settings = tuple({"model.encoder": e, **d} for e in ("vae", "gpvae") for d in dims)
+    settings += ({"model.encoder": "gpvae", "model.gp.features": 7, **dims[0]},)
     profile = plan(variations={"latent-dim": settings})
     rows = [
         fake_row(e, seed, VALUES - loss + 0.01 * seed * (e == "gpvae"), **{"model.latent_dim": d})
@@ -128,9 +129,13 @@ def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
         for d, loss in ((2, 4.0), (10, 0.0))
         for seed in range(3)
     ]
+    rows += [
+        fake_row("gpvae", seed, VALUES, **{"model.latent_dim": 2, "model.gp.features": 7})
+        for seed in range(3)
+    ]
     found = findings.regime(profile, store_rows("t", rows), rows, "latent-dim")
-    assert list(found) == ["latent_dim = 2", "latent_dim = 10"]
-    assert [d.value for d in found.values()] == pytest.approx([0.01, 0.01])
+    assert list(found) == ["latent_dim = 2", "latent_dim = 10", "features = 7, latent_dim = 2"]
+    assert [d.value for d in found.values()] == pytest.approx([0.01, 0.01, 4.0])
 
 
 def test_widths_come_from_profiles_of_their_own(project_root):

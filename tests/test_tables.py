@@ -108,6 +108,8 @@ def test_benchmark_table_from_known_rows(stored):
     for column in ("difference to VAE, own", "difference to VAE, neutral"):
         assert table.loc["GPVAE", column] == "+0.50 [+0.50, +0.50]"
         assert table.loc["VAE", column] == "-"
+    best = table["difference to the best other, own"]
+    assert list(best) == ["GPVAE: -0.50 [-0.50, -0.50]", "VAE: +0.50 [+0.50, +0.50]"]
     assert table.loc["VAE", "log p(x), own proposal"].startswith("1.50 [")
     assert table.loc["GPVAE", "amortization gap"] == "0.30 [0.30, 0.30]"
     assert list(table["rank"]) == ["2.0", "1.0"]
