@@ -1,8 +1,8 @@
 """Several data sets at once: which methods rank above which, and what a bound costs.
 
-A block is a data set with an output distribution. In each block every method has a mean over
-seeds, and methods are ranked by it (1 is best). Friedman's test asks whether the ranks differ at
-all; two methods differ if their mean ranks lie further apart than Nemenyi's critical difference.
+A block is a data set: its outputs share images, so that their ranks are averaged. Methods are
+ranked by their mean over seeds (1 is best). Friedman's test asks whether the ranks differ at all;
+if so, two methods differ whose mean ranks lie further apart than Nemenyi's critical difference.
 
 References:
     Statistical Comparisons of Classifiers over Multiple Data Sets (Demsar, 2006),
@@ -19,11 +19,13 @@ import numpy as np
 from scipy import stats
 
 from gpvae import paths
+from gpvae.bench.report import place
+from gpvae.config import RunConfig, from_dict
 from gpvae.profiles import CPU_PRESETS, Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval
 from gpvae.stored import rows_of
-from gpvae.tables import LABELS, by_encoder, mean_of, paired
+from gpvae.tables import LABELS, by_encoder, check_one_version, mean_of, paired
 
 Block = Mapping[str, float]
 
@@ -57,30 +59,47 @@ def evidence_profiles() -> list[Profile]:
 
 
 def blocks(profiles: Sequence[Profile], quantity: str) -> dict[str, dict[str, float]]:
-    """For each data set and output the mean over seeds of a quantity, by encoder.
+    """For each data set the mean rank of every method over its output distributions.
 
-    A method that lacks a seed which others have is left out of the block.
+    A block needs a row of every method and seed of its profile, of one version of the code and the
+    data; an output that lacks some is left out, and a data set that has none left.
+
+    Args:
+        profiles: one for each data set.
+        quantity: such as `log_likelihood`; methods are ranked by its mean over seeds.
+
+    Raises:
+        DataError: rows of several versions.
     """
     found = {}
     for profile in profiles:
         rows = rows_of(profile.runs(), profile.name, stored=True, log=lambda line: None)
+        ranks = []
         for output in profile.outputs:
             methods = by_encoder(profile, output, rows)
-            most = max(map(len, methods.values()), default=0)
-            whole = {e: r for e, r in methods.items() if r and len(r) == most}
-            if whole:
-                name = f"{profile.base.data.name}, {output}"
-                found[name] = {e: mean_of(r, quantity).value for e, r in whole.items()}
+            if all(len(own) == len(profile.seeds) for own in methods.values()):
+                ranks.append(
+                    _ranks({e: mean_of(own, quantity).value for e, own in methods.items()})
+                )
+        if ranks:
+            check_one_version(rows)
+            name = profile.base.data.name
+            found[name] = {e: float(np.mean([r[e] for r in ranks])) for e in ranks[0]}
     return found
 
 
+def _ranks(values: Mapping[str, float]) -> dict[str, float]:
+    ranks = stats.rankdata([-value for value in values.values()])
+    return dict(zip(values, map(float, ranks), strict=True))
+
+
 def ranking(blocks: Mapping[str, Block]) -> Ranking | None:
-    """Ranks of the methods that every block has; None for fewer than 3 methods or 2 blocks."""
+    """Mean ranks of the methods that every block has; None for under 3 methods or 2 blocks."""
     common = [e for e in LABELS if blocks and all(e in block for block in blocks.values())]
     k, n = len(common), len(blocks)
     if k < 3 or n < 2:
         return None
-    values = np.array([[block[e] for e in common] for block in blocks.values()])
+    values = np.array([[-block[e] for e in common] for block in blocks.values()])
     ranks = stats.rankdata(-values, axis=1).mean(0)
     order = sorted(zip(common, map(float, ranks), strict=True), key=lambda pair: pair[1])
     studentised = stats.studentized_range.ppf(0.95, k, math.inf) / math.sqrt(2)
@@ -99,15 +118,14 @@ def costs(bench: Sequence[Row], device: str) -> dict[str, float]:
         bench: rows of `gpvae bench`.
         device: one of `devices`.
     """
-    rows = [r for r in bench if r["section"] == "inference" and r["facts"]["device"] == device]
+    rows = [r for r in bench if r["section"] == "inference" and place(r["facts"]) == device]
     single = {r["case"].partition(", ")[0]: r for r in rows if r["case"].endswith(", batch 1")}
     return {method: r["ratio"] for method, r in single.items() if r["ratio"]}
 
 
 def devices(bench: Sequence[Row]) -> list[str]:
-    """Devices on which inference was measured."""
-    rows = (r["facts"]["device"] for r in bench if r["section"] == "inference")
-    return list(dict.fromkeys(rows))
+    """Devices (a CPU with its number of threads) on which inference was measured."""
+    return list(dict.fromkeys(place(r["facts"]) for r in bench if r["section"] == "inference"))
 
 
 def bounds_and_costs(
@@ -122,7 +140,8 @@ def bounds_and_costs(
     for encoder, rows in methods.items():
         if not rows or not methods["vae"]:
             continue
-        method = _method(rows[0])
+        count = from_dict(RunConfig, rows[0]["config"]).model.count
+        method = encoder if count is None else f"{encoder}{count}"
         if method in cost:
             found[encoder] = cost[method], paired(results, rows, methods["vae"], "elbo")
     return found
@@ -136,17 +155,3 @@ def front(points: Mapping[str, tuple[float, Interval]]) -> list[str]:
             best = gain.value
             found.append(encoder)
     return found
-
-
-def _method(row: Row) -> str:
-    """The method as `gpvae bench` names it."""
-    model = row["config"]["model"]
-    counts = {
-        "hf": model["flow"]["steps"],
-        "iaf": model["flow"]["steps"],
-        "me": model["mixture"]["components"],
-        "rme": model["mixture"]["components"],
-        "savae": model["savae"]["steps"],
-        "vlae": model["vlae"]["steps"],
-    }
-    return f"{model['encoder']}{counts.get(model['encoder'], '')}"

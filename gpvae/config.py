@@ -220,6 +220,18 @@ class ModelConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
     @property
+    def count(self) -> int | None:
+        """T, K or M: the number of steps, flows or components; None for encoders without one."""
+        return {
+            "hf": self.flow.steps,
+            "iaf": self.flow.steps,
+            "me": self.mixture.components,
+            "rme": self.mixture.components,
+            "savae": self.savae.steps,
+            "vlae": self.vlae.steps,
+        }.get(self.encoder)
+
+    @property
     def method(self) -> str:
         """The encoder with its number of steps or components, such as `iaf4`; for GPVAE with the
         options that differ from the defaults, such as `gpvae-features800`.
@@ -229,15 +241,8 @@ class ModelConfig:
             defaults = asdict(GPConfig())
             changed = {k: v for k, v in asdict(self.gp).items() if v != defaults[k]}
             return "-".join(["gpvae", *(f"{k}{v}" for k, v in changed.items())]) + weighted
-        counts = {
-            "hf": self.flow.steps,
-            "iaf": self.flow.steps,
-            "me": self.mixture.components,
-            "rme": self.mixture.components,
-            "savae": self.savae.steps,
-            "vlae": self.vlae.steps,
-        }
-        return f"{self.encoder}{counts.get(self.encoder, '')}{weighted}"
+        count = "" if self.count is None else self.count
+        return f"{self.encoder}{count}{weighted}"
 
 
 @dataclass(frozen=True)

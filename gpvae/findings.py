@@ -17,6 +17,7 @@ import pandas as pd
 
 from gpvae import events, paths
 from gpvae.analysis import SCORE
+from gpvae.bench.report import place
 from gpvae.config import RunConfig, differences
 from gpvae.profiles import FAMILIES, Profile, get_profile
 from gpvae.results import Results, Row
@@ -59,7 +60,8 @@ def conditions(profile: Profile, rows: Sequence[Row]) -> str:
     if not rows:
         return "No rows."
     base, first = profile.base, rows[0]
-    seeds = len({row["seed"] for row in rows})
+    counts = [len(by_encoder(profile, output, rows).get("gpvae", [])) for output in profile.outputs]
+    seeds = " and ".join(map(str, dict.fromkeys(counts)))
     e = base.evaluation
     devices = ", ".join(sorted({row.get("device", "cpu") for row in rows}))
     return (
@@ -70,7 +72,10 @@ def conditions(profile: Profile, rows: Sequence[Row]) -> str:
 
 
 def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Finding:
-    """Claim 1: GPVAE's test likelihood is higher than the VAE's and than every rival's."""
+    """Claim 1: GPVAE's test likelihood is higher than the VAE's and than every rival's.
+
+    By either proposal for the VAE; the best rival is the one with the highest mean, own proposal.
+    """
     evidence, wins = [], []
     for output in profile.outputs:
         methods = by_encoder(profile, output, rows)
@@ -82,7 +87,7 @@ def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
             evidence.append(
                 f"{output}, {word} proposal: GPVAE − VAE = {format_interval(difference, '+')}"
             )
-            if word == "own" and difference.n > 1:
+            if difference.n > 1:
                 wins.append(difference.low > 0)
         if rivals:
             best = max(rivals, key=lambda name: mean_of(rivals[name], "log_likelihood").value)
@@ -106,12 +111,14 @@ def speed(bench: Sequence[Mapping[str, Any]]) -> Finding:
 
     Args:
         bench: rows of `gpvae bench` (section "inference"), see `gpvae.bench`.
+
+    "Far faster" means in less than half the time of SA-VAE with four steps.
     """
     rows = [row for row in bench if row["section"] == "inference" and row["ratio"]]
-    devices = list(dict.fromkeys(row["facts"]["device"] for row in rows))
+    devices = list(dict.fromkeys(place(row["facts"]) for row in rows))
     evidence, wins = [], []
     for device in devices:
-        ratios = {row["case"]: row["ratio"] for row in rows if row["facts"]["device"] == device}
+        ratios = {row["case"]: row["ratio"] for row in rows if place(row["facts"]) == device}
         for case, ours in ratios.items():
             method, _, batch = case.partition(", ")
             theirs = ratios.get(f"savae4, {batch}")
@@ -126,26 +133,40 @@ def speed(bench: Sequence[Mapping[str, Any]]) -> Finding:
         "2. Speed: inference is one pass, far faster than semi-amortized methods",
         _verdict(wins),
         tuple(evidence) or ("no rows: run `gpvae bench --save`",),
-        f"Measured in alternation, in one run on each of: {', '.join(devices)}." if devices else "",
+        f"{_networks(rows)}, measured in turns in one run on each of: {'; '.join(devices)}. Far "
+        "faster means in less than half of SA-VAE's time."
+        if devices
+        else "",
     )
 
 
+def _networks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The networks of the benchmark, such as `MLP 784-500-500, D = 50`."""
+    channels, height, width, *hidden, latent = rows[0]["facts"]["networks"]
+    return f"MLP {'-'.join(map(str, [channels * height * width, *hidden]))}, D = {latent}"
+
+
 def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Finding:
-    """Claim 3: Var f / E h^2 marks the images whose posterior is hard to approximate."""
+    """Claim 3: Var f / E h^2 marks the images whose posterior is hard to approximate.
+
+    It should be correlated with the amortization gap, and more so than -ELBO, by the differences
+    of their correlations over seeds. (-ELBO has an advantage: it is a part of the gap.)
+    """
     evidence, wins = [], []
     for output in profile.outputs:
         ours = by_encoder(profile, output, rows).get("gpvae", [])
         ours = [row for row in ours if "elbo_optimised" in row]
         if not ours:
             continue
-        score, rival = (correlation(results, ours, key) for key in (SCORE, "minus_elbo"))
+        scores, rivals = (correlations(results, ours, key) for key in (SCORE, "minus_elbo"))
+        score, rival = mean_interval(scores), mean_interval(rivals)
         evidence.append(
             f"{output}: rank correlation with the amortization gap "
             f"{format_interval(score, '+')}; of −ELBO, which needs no random function, "
             f"{format_interval(rival, '+')}"
         )
         if score.n > 1:
-            wins += [score.low > 0, score.low > rival.high]
+            wins += [score.low > 0, mean_interval(np.subtract(scores, rivals)).low > 0]
     return Finding(
         "3. Difficulty: the model's uncertainty marks the hard images",
         _verdict(wins),
@@ -154,15 +175,15 @@ def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
     )
 
 
-def correlation(results: Results, rows: Sequence[Row], score: str) -> Interval:
-    """Spearman's correlation of a score with the amortization gap, over seeds."""
+def correlations(results: Results, rows: Sequence[Row], score: str) -> list[float]:
+    """Spearman's correlation of a score with the amortization gap, for each seed."""
     values = []
     for row in rows:
         a = results.arrays(row)
         a["minus_elbo"] = -a["elbo"]
         gap = a["elbo_optimised"] - a["elbo"]
         values.append(spearman_interval(a[score], gap, resamples=1).value)
-    return mean_interval(values)
+    return values
 
 
 def regime(
@@ -255,7 +276,9 @@ def literature() -> pd.DataFrame:
         lines.append(
             {
                 "objective": "ELBO (k = 1)" if k == 1 else f"importance-weighted (k = {k})",
-                "ours": f"{found['mean']:.2f} ± {found['stderr']:.2f}",
+                "our log p(x) ± standard error over images": (
+                    f"{found['mean']:.2f} ± {found['stderr']:.2f}"
+                ),
                 "published": f"{PUBLISHED[k]:.2f}",
                 "ours − published": f"{found['mean'] - PUBLISHED[k]:+.2f}",
                 "our epochs": row["epochs"],
@@ -268,7 +291,7 @@ def literature() -> pd.DataFrame:
 
 
 def save(text: str, profile: str) -> None:
-    """Write `figures/<profile>/06_findings.md`."""
+    """Write `figures/<profile>/06_verdicts.md`."""
     folder = paths.figures(profile)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "06_verdicts.md").write_text(text, "utf-8")

@@ -146,8 +146,9 @@ class RandomFunctionPosterior(Posterior):
       has no closed form, so `kl` is None then and the bound samples log q(z | x) instead.
     - `gaussian` is the moment-matched stand-in, N(F, S^2 + H^2 + T^2).
     - `scores` has Var f / E h^2 (`relative_f_var`), Var f and Var h summed over dimensions, and
-      `expected_gap`, E_{f, h} KL(N(f, h^2) || gaussian()) in nats: what a single Gaussian is
-      expected to lose if the image's best one is a draw of the random functions.
+      `expected_gap`, E_{f, h} KL(N(f, h^2) || gaussian()) in nats: the mean divergence of the
+      random Gaussian from the one with the predictive moments. The amortization gap that is
+      expected, if the image's best Gaussian is one more draw of the functions, is about twice it.
 
     References:
         Reducing the Amortization Gap in Variational Autoencoders: A Bayesian Random Function
@@ -234,7 +235,7 @@ class RandomFunctionPosterior(Posterior):
     def scores(self) -> dict[str, Tensor]:
         f_var, h_var = self.f_std**2, self.h_std**2
         # Of all diagonal Gaussians q, the one with the predictive moments is nearest on average
-        # to the random N(f, h^2); this is E KL(N(f, h^2) || q), what the model expects to lose.
+        # to the random N(f, h^2): E KL(N(f, h^2) || q).
         spread = 2 * self.std.log() - log_square_and_slopes(self.h_mean, self.h_std)[0]
         return {
             "relative_f_var": (f_var / (self.h_mean**2 + h_var)).mean(-1),

@@ -454,4 +454,11 @@ def get_profile(name: str) -> Profile:
     same = presets[preset] == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
     variations = found.variations if same else {}
-    return replace(found, name=name, base=presets[preset], outputs=outputs, variations=variations)
+    return replace(
+        found,
+        name=name,
+        base=presets[preset],
+        outputs=outputs,
+        variations=variations,
+        train_sizes=found.train_sizes if same else (None,),
+    )

@@ -15,7 +15,6 @@ from gpvae.analysis import (
     decompositions,
     gap_table,
     refinement_table,
-    step_count,
     step_differences,
     step_table,
 )
@@ -124,8 +123,9 @@ def test_a_model_without_a_recorded_study_has_no_refinement(project_root):
 
 def test_step_counts_are_read_from_the_configuration():
     config = gpvae.RunConfig().override(**{"model.encoder": "iaf", "model.flow.steps": 8})
-    assert step_count(config) == 8
-    assert step_count(config.override(**{"model.importance_samples": 5})) == 8
+    assert config.model.count == 8
+    assert config.override(**{"model.importance_samples": 5}).model.count == 8
+    assert gpvae.RunConfig().model.count is None
 
 
 def test_steps_are_compared_with_the_baseline(project_root, plan):

@@ -112,6 +112,17 @@ def test_training_and_inference_have_every_encoder(bench):
     assert labels[:5] == ["VAE", "GPVAE", "SVI", "SA-VAE 4", "SA-VAE 8"]
 
 
+def test_the_compiled_variant_calls_what_was_compiled(bench, monkeypatch):
+    calls = []
+
+    def compiled(function):
+        return lambda *arguments: calls.append(1) or function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    choices.compiled(bench)()
+    assert len(calls) == bench.steps
+
+
 def test_a_recursive_mixture_is_measured_with_all_its_components(bench):
     step = training_step(bench, bench.config("rme"))
     assert step.model.encoder.active == bench.config().model.mixture.components

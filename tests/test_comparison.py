@@ -9,6 +9,7 @@ from rows import fake_row, store_rows
 import gpvae
 from gpvae import comparison
 from gpvae.analysis import calibration, outlier_table
+from gpvae.errors import DataError
 from gpvae.results import Results
 from gpvae.stats import Interval, auroc
 
@@ -20,10 +21,8 @@ def block(**values):
 def test_ranks_and_critical_difference_of_a_worked_example():
     """Five methods, ten blocks: Nemenyi's q is 2.728 (Demsar, 2006, table 5)."""
     methods = ("vae", "gpvae", "iaf", "hf", "me")
-    best_first = {
-        f"b{i}": dict(zip(methods, (5.0, 4.0, 3.0, 2.0, 1.0), strict=True)) for i in range(10)
-    }
-    found = comparison.ranking(best_first)
+    same = dict(zip(methods, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
+    found = comparison.ranking({f"b{i}": same for i in range(10)})
     assert found.ranks == {"vae": 1, "gpvae": 2, "iaf": 3, "hf": 4, "me": 5}
     assert found.difference == pytest.approx(2.728 * np.sqrt(5 * 6 / (6 * 10)), abs=2e-3)
     assert found.blocks == 10 and found.p < 1e-6
@@ -32,8 +31,8 @@ def test_ranks_and_critical_difference_of_a_worked_example():
 
 def test_only_methods_of_every_block_are_ranked():
     blocks = {
-        "a": block(vae=1.0, gpvae=2.0, iaf=3.0, hf=4.0),
-        "b": block(vae=1.0, gpvae=3.0, iaf=2.0),
+        "a": block(vae=4.0, gpvae=3.0, iaf=2.0, hf=1.0),
+        "b": block(vae=3.0, gpvae=1.0, iaf=2.0),
     }
     assert comparison.ranking(blocks).ranks == {"gpvae": 1.5, "iaf": 1.5, "vae": 3.0}
     assert comparison.ranking({"a": blocks["a"]}) is None
@@ -51,22 +50,26 @@ def test_front_keeps_what_nothing_beats_in_both():
     assert comparison.front({}) == []
 
 
-def bench_row(case, ratio, device="cpu"):
-    return {"section": "inference", "case": case, "ratio": ratio, "facts": {"device": device}}
+def bench_row(case, ratio, device="gpu", threads=1):
+    facts = {"device": device, "cpu": "abacus", "threads": threads}
+    return {"section": "inference", "case": case, "ratio": ratio, "facts": facts}
 
 
-def test_costs_are_those_of_one_image_on_one_device():
+def test_costs_are_those_of_one_image_on_one_device_with_its_threads():
     rows = [
-        bench_row("vae, batch 1", 1.0),
-        bench_row("iaf4, batch 1", 3.0),
-        bench_row("iaf4, batch 1000", 9.0),
-        bench_row("iaf4, batch 1", 7.0, "gpu"),
-        bench_row("svi, batch 1", None),
+        bench_row("vae, batch 1", 1.0, "cpu"),
+        bench_row("iaf4, batch 1", 3.0, "cpu"),
+        bench_row("iaf4, batch 1", 5.0, "cpu", threads=2),
+        bench_row("iaf4, batch 1000", 9.0, "cpu"),
+        bench_row("iaf4, batch 1", 7.0),
+        bench_row("svi, batch 1", None, "cpu"),
         bench_row("vae, batch 1", 1.0) | {"section": "training"},
     ]
-    assert comparison.devices(rows) == ["cpu", "gpu"]
-    assert comparison.costs(rows, "cpu") == {"vae": 1.0, "iaf4": 3.0}
-    assert comparison.costs(rows, "gpu") == {"iaf4": 7.0}
+    one, two, gpu = comparison.devices(rows)
+    assert (one, two, gpu) == ("abacus, 1 thread", "abacus, 2 threads", "gpu")
+    assert comparison.costs(rows, one) == {"vae": 1.0, "iaf4": 3.0}
+    assert comparison.costs(rows, two) == {"iaf4": 5.0}
+    assert comparison.costs(rows, gpu) == {"iaf4": 7.0}
 
 
 def test_bounds_go_with_the_cost_of_their_number_of_steps(project_root):
@@ -78,19 +81,35 @@ def test_bounds_go_with_the_cost_of_their_number_of_steps(project_root):
     assert "iaf" not in comparison.bounds_and_costs(store, rows, {"vae": 1.0, "iaf99": 4.0})
 
 
-def test_a_method_without_all_seeds_is_left_out_of_a_block(project_root):
-    profile = gpvae.get_profile("rivals")
-    runs = {run.name: run for run in profile.runs("gaussian")}
-    rows = [
-        fake_row(run.model.encoder, run.seed, [1.0, 2.0]) | {"config": run.to_dict()}
-        for run in runs.values()
-        if run.model.encoder in ("vae", "gpvae") or (run.model.encoder == "iaf" and run.seed == 0)
+def rivals(output, missing=()):
+    """Rows of every run of the profile `rivals`: the later in the table, the better."""
+    runs = gpvae.get_profile("rivals").runs(output)
+    order = list(dict.fromkeys(run.model.encoder for run in runs))
+    return [
+        fake_row(run.model.encoder, run.seed, [order.index(run.model.encoder), 2.0])
+        | {"name": run.name, "config": run.to_dict()}
+        for run in runs
+        if (run.model.encoder, run.seed) not in missing
     ]
-    store_rows("rivals", [row | {"config_hash": "", "finished": 1.0} for row in rows])
-    found = comparison.blocks([profile], "log_likelihood")
-    assert {name: set(methods) for name, methods in found.items()} == {
-        "digits, gaussian": {"vae", "gpvae"}
-    }
+
+
+def test_outputs_of_a_data_set_are_one_block_and_incomplete_ones_none(project_root):
+    profile = gpvae.get_profile("rivals")
+    worst_first = list(profile.encoders)
+    store_rows("rivals", rivals("gaussian"))
+    (block,) = comparison.blocks([profile], "log_likelihood").values()
+    assert sorted(block, key=block.get, reverse=True) == worst_first
+    assert block["vlae"] == 1 and block["vae"] == len(worst_first)
+    store_rows("rivals", rivals("bernoulli", missing={("iaf", 2)}))  # changes nothing
+    assert comparison.blocks([profile], "log_likelihood") == {"digits": block}
+
+
+def test_blocks_of_several_versions_are_refused(project_root):
+    rows = rivals("gaussian")
+    rows[0]["code_hash"] = "other"
+    store_rows("rivals", rows)
+    with pytest.raises(DataError, match="code_hash"):
+        comparison.blocks([gpvae.get_profile("rivals")], "log_likelihood")
 
 
 def test_auroc():
@@ -119,7 +138,7 @@ def test_calibration_groups_images_by_what_is_expected(project_root):
     a = store.arrays(rows[0])
     gap = a["elbo_optimised"] - a["elbo"]
     centres, observed = calibration(store, rows, bins=2)
-    np.testing.assert_allclose(centres, [0.15, 0.35])
+    np.testing.assert_allclose(centres, [0.3, 0.7])  # two draws: twice the score
     assert observed[0].value == pytest.approx(gap[[1, 3]].mean())
     assert observed[1].value == pytest.approx(gap[[0, 2]].mean())
     none = calibration(store_rows("u", rows), rows, bins=2)

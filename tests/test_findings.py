@@ -11,6 +11,7 @@ from gpvae import findings
 from gpvae.findings import FAILS, HOLDS, IN_PART, UNKNOWN
 
 VALUES = np.array([1.0, 2.0, 3.0, 5.0])
+FACTS = {"device": "abacus", "threads": 1, "networks": [1, 28, 28, 500, 50]}
 RANDOM = {"relative_f_var": np.array([0.1, 0.3, 0.2, 0.4])}
 
 
@@ -72,16 +73,17 @@ def test_nothing_is_claimed_without_rows(project_root):
 
 
 def bench_row(case, ratio):
-    return {"section": "inference", "case": case, "ratio": ratio, "facts": {"device": "abacus"}}
+    return {"section": "inference", "case": case, "ratio": ratio, "facts": FACTS}
 
 
 def test_speed_claim_compares_with_refinement():
     rows = [bench_row("gpvae, batch 1", 1.4), bench_row("savae4, batch 1", 12.0)]
     found = findings.speed(rows)
-    assert found.verdict == HOLDS and "abacus" in found.conditions
+    assert found.verdict == HOLDS and "MLP 784-500, D = 50" in found.conditions
+    assert "abacus" in found.conditions
     assert "1.40 times" in found.evidence[0] and "12.0 times" in found.evidence[0]
     other = [
-        row | {"facts": {"device": "loom"}}
+        row | {"facts": FACTS | {"device": "loom"}}
         for row in (bench_row("gpvae, batch 1", 20.0), *rows[1:])
     ]
     both = findings.speed(rows + other)  # each device has ratios of its own

@@ -21,7 +21,6 @@ from gpvae.bench.measure import (
     train_case,
     training_step,
 )
-from gpvae.config import RunConfig
 from gpvae.data import load_dataset
 from gpvae.evaluate import log_likelihood
 from gpvae.experiment import cpu_threads
@@ -78,9 +77,9 @@ def naive(bench: Bench) -> Case:
     return epoch_of(step, lambda: iter(loader))
 
 
-def loop(bench: Bench, adam: Mapping[str, bool], config: RunConfig | None = None) -> Case:
+def loop(bench: Bench, adam: Mapping[str, bool]) -> Case:
     """The project's loop with another Adam."""
-    config = config or bench.config()
+    config = bench.config()
     step = training_step(bench, config, adam)
     return epoch_of(step, stored(bench, config.training.batch_size))
 
@@ -119,7 +118,7 @@ def compiled(bench: Bench) -> Case:
     """The default loop with a compiled loss."""
     config = bench.config()
     step = training_step(bench, config)
-    step.model.loss_terms = torch.compile(step.model.loss_terms)
+    step.loss_terms = torch.compile(step.loss_terms)
     return epoch_of(step, stored(bench, config.training.batch_size))
 
 

@@ -131,6 +131,8 @@ def captured_inference(bench: Bench, names: Sequence[str]) -> Iterator[Row]:
 def epochs(bench: Bench, configs: dict[str, RunConfig], base: str) -> list[Row]:
     """Training steps in turns."""
     cases = {name: train_case(bench, config) for name, config in configs.items()}
+    for case in cases.values():
+        case()  # compiling counts in no turn
     rows = compare(bench, "capture", cases, base, each=bench.steps)
     steps = -(-N_TRAIN // bench.config().training.batch_size)
     unit = f"s for an epoch of {N_TRAIN:,} images"
