@@ -150,7 +150,10 @@ def best_other(methods: Mapping[str, Sequence[Row]], encoder: str) -> str:
 
 
 def _costs(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, str]:
-    """Size and training effort of one method, the latter relative to the baseline's."""
+    """Size and training effort of one method, the latter relative to the baseline's, which must
+    have been trained on the same device.
+    """
+    devices = {row.get("device", "cpu") for row in [*rows, *base]}
     seconds = [
         np.median([r["seconds"]["train"] for r in each]) if each else math.nan
         for each in (rows, base)
@@ -159,7 +162,13 @@ def _costs(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, str]:
     return {
         "parameters": format_range([r["parameters"] for r in rows]),
         "epochs": format_range([r["epochs"] for r in rows]),
-        "training time (VAE = 1)": MISSING if math.isnan(relative) else f"{relative:.1f}",
+        "training time (VAE = 1)": (
+            MISSING
+            if math.isnan(relative)
+            else f"{relative:.1f}"
+            if len(devices) == 1
+            else "other device"
+        ),
     }
 
 

@@ -118,6 +118,12 @@ def test_benchmark_table_from_known_rows(stored):
     assert list(table["training time (VAE = 1)"]) == ["1.0", "2.0"]
 
 
+def test_training_times_of_different_devices_are_not_compared(stored):
+    rows = [row | {"device": "loom"} if row["seed"] == 1 else row for row in stored.rows()]
+    table = benchmark_table(plan(seeds=(0, 1)), stored, rows)
+    assert list(table["training time (VAE = 1)"]) == ["other device"] * 2
+
+
 def test_missing_method_and_seed_print_missing_and_nothing_is_blank(stored):
     wanted = plan(
         encoders=("vae", "gpvae", "iaf"), outputs=("gaussian", "bernoulli"), seeds=(0, 1, 2)
