@@ -60,13 +60,18 @@ def conditions(profile: Profile, rows: Sequence[Row]) -> str:
     if not rows:
         return "No rows."
     base, first = profile.base, rows[0]
-    counts = [len(by_encoder(profile, output, rows).get("gpvae", [])) for output in profile.outputs]
-    seeds = " and ".join(map(str, dict.fromkeys(counts)))
+    counts = {
+        output: len(by_encoder(profile, output, rows).get("gpvae", []))
+        for output in profile.outputs
+    }
+    seeds = f"{max(counts.values())} seeds"
+    if len(set(counts.values())) > 1:
+        seeds = ", ".join(f"{count} seeds ({output})" for output, count in counts.items())
     e = base.evaluation
     devices = ", ".join(sorted({row.get("device", "cpu") for row in rows}))
     return (
         f"{base.data.name}, {first['split']['train']} training and {first['split']['test']} test "
-        f"images, D = {base.model.latent_dim}, {seeds} seeds, at most {base.training.epochs} "
+        f"images, D = {base.model.latent_dim}, {seeds}, at most {base.training.epochs} "
         f"epochs, S = {e.samples}, computed on {devices}."
     )
 

@@ -92,6 +92,13 @@ def test_speed_claim_compares_with_refinement():
     assert findings.speed(rows + slow).verdict == IN_PART
 
 
+def test_conditions_name_the_seeds_of_each_output_where_they_differ():
+    rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
+    assert "3 seeds (gaussian), 0 seeds (bernoulli)" in findings.conditions(plan(), rows)
+    rows += [fake_row("gpvae", seed, VALUES, "bernoulli") for seed in range(3)]
+    assert "D = 10, 3 seeds, at most" in findings.conditions(plan(), rows)
+
+
 @pytest.mark.parametrize(
     ("gap", "verdict"),
     [
