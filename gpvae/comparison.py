@@ -99,8 +99,8 @@ def ranking(blocks: Mapping[str, Block]) -> Ranking | None:
     k, n = len(common), len(blocks)
     if k < 3 or n < 2:
         return None
-    values = np.array([[-block[e] for e in common] for block in blocks.values()])
-    ranks = stats.rankdata(-values, axis=1).mean(0)
+    values = np.array([[block[e] for e in common] for block in blocks.values()])
+    ranks = stats.rankdata(values, axis=1).mean(0)
     order = sorted(zip(common, map(float, ranks), strict=True), key=lambda pair: pair[1])
     studentised = stats.studentized_range.ppf(0.95, k, math.inf) / math.sqrt(2)
     return Ranking(

@@ -228,6 +228,18 @@ def widths(profile: Profile, results: Results, rows: Sequence[Row]) -> dict[str,
     }
 
 
+def noise(profile: Profile, results: Results, rows: Sequence[Row], name: str) -> dict[str, float]:
+    """Mean Var f / E h^2 for each setting of one variation, by its label; NaN if missing."""
+    found = {}
+    for changes in profile.variations.get(name, ()):
+        shares = [
+            float(np.mean(results.arrays(row)[SCORE]))
+            for row in select(rows, _runs(profile, name, changes))
+        ]
+        found[label(changes)] = mean_interval(shares).value
+    return found
+
+
 def label(changes: Mapping[str, Any]) -> str:
     """What a setting changes, such as `features = 400`; the encoder goes without saying."""
     parts = [

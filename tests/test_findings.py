@@ -181,6 +181,9 @@ def test_regimes_are_told_apart_and_summed_up(project_root):
     sentence = findings.regime_sentence("features", found)
     assert "best at features = 7" in sentence
     assert "above the VAE at features = 7; below it at features = 100" in sentence
+    noise = findings.noise(profile, store, rows, "features")
+    assert noise == {"features = 100": pytest.approx(0.25), "features = 7": pytest.approx(0.25)}
+    assert findings.noise(profile, store, rows, "initial-std") == {}
     shares = findings.noise_shares(profile, store, rows)
     assert sorted({(m, n) for m, n, _ in shares}) == [(7, 100), (100, 100)]
     assert shares[0][2] == pytest.approx(0.25)

@@ -101,8 +101,11 @@ def capture(bench: Bench) -> Iterator[Row]:
     The value of a timed row is an epoch of MNIST's size at that rate.
     """
     names = ("vae", "gpvae")
-    ways = {"eager": {"training.capture": False}, "captured": {}}
-    ways["captured, compiled"] = {"training.compile": True}
+    ways = {
+        "eager": {"training.capture": False},
+        "captured": {},
+        "captured, compiled": {"training.compile": True},
+    }
     for name in names:
         configs = {f"{name} {way}": bench.config(name, **ways[way]) for way in ways}
         if not bench.on_gpu:
