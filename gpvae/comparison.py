@@ -1,8 +1,9 @@
 """Several data sets at once: which methods rank above which, and what a bound costs.
 
-A block is a data set: its outputs share images, so that their ranks are averaged. Methods are
-ranked by their mean over seeds (1 is best). Friedman's test asks whether the ranks differ at all;
-if so, two methods differ whose mean ranks lie further apart than Nemenyi's critical difference.
+A block is a data set: its outputs and latent dimensions share images, so that their ranks are
+averaged. Methods are ranked by their mean over seeds (1 is best). Friedman's test asks whether the
+ranks differ at all; if so, two methods differ whose mean ranks lie further apart than Nemenyi's
+critical difference.
 
 References:
     Statistical Comparisons of Classifiers over Multiple Data Sets (Demsar, 2006),
@@ -12,6 +13,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,33 +61,31 @@ def evidence_profiles() -> list[Profile]:
 
 
 def blocks(profiles: Sequence[Profile], quantity: str) -> dict[str, dict[str, float]]:
-    """For each data set the mean rank of every method over its output distributions.
+    """For each data set the mean rank of every method over its outputs and latent dimensions.
 
     A block needs a row of every method and seed of its profile, of one version of the code and the
     data; an output that lacks some is left out, and a data set that has none left.
 
     Args:
-        profiles: one for each data set.
+        profiles: those of a data set count together.
         quantity: such as `log_likelihood`; methods are ranked by its mean over seeds.
 
     Raises:
         DataError: rows of several versions.
     """
-    found = {}
+    ranks = defaultdict(list)
     for profile in profiles:
         rows = rows_of(profile.runs(), profile.name, stored=True, log=lambda line: None)
-        ranks = []
         for output in profile.outputs:
             methods = by_encoder(profile, output, rows)
             if all(len(own) == len(profile.seeds) for own in methods.values()):
-                ranks.append(
-                    _ranks({e: mean_of(own, quantity).value for e, own in methods.items()})
-                )
-        if ranks:
-            check_one_version(rows)
-            name = profile.base.data.name
-            found[name] = {e: float(np.mean([r[e] for r in ranks])) for e in ranks[0]}
-    return found
+                check_one_version(rows)
+                values = {e: mean_of(own, quantity).value for e, own in methods.items()}
+                ranks[profile.base.data.name].append(_ranks(values))
+    return {
+        name: {e: float(np.mean([r[e] for r in each])) for e in each[0]}
+        for name, each in ranks.items()
+    }
 
 
 def _ranks(values: Mapping[str, float]) -> dict[str, float]:

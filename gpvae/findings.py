@@ -19,7 +19,7 @@ from gpvae import events, paths
 from gpvae.analysis import SCORE
 from gpvae.bench.report import place
 from gpvae.config import RunConfig, differences
-from gpvae.profiles import FAMILIES, Profile, get_profile
+from gpvae.profiles import WIDTHS, Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, spearman_interval
 from gpvae.stored import rows_of
@@ -216,7 +216,7 @@ def widths(profile: Profile, results: Results, rows: Sequence[Row]) -> dict[str,
     """GPVAE − VAE for networks of other widths (profiles `regimes/small` and `regimes/large`)."""
     output = profile.outputs[0]
     found = {profile.base.model.hidden: (results, by_encoder(profile, output, rows))}
-    for preset in FAMILIES["regimes"]:
+    for preset in WIDTHS:
         other = get_profile(f"regimes/{preset}")
         there = rows_of(other.runs(output), other.name, stored=True, log=lambda line: None)
         found[other.base.model.hidden] = Results(other.name), by_encoder(other, output, there)

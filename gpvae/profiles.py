@@ -160,6 +160,7 @@ def _cpu_presets() -> dict[str, RunConfig]:
     mnist, omniglot = "mnist", "omniglot-28x28-rederived"
     sets = {
         "mnist": {"data.name": mnist, "evaluation.outliers": omniglot},
+        "mnist-d50": {"data.name": mnist, "model.latent_dim": 50},
         "omniglot": {"data.name": omniglot, "evaluation.outliers": mnist},
         "cifar10": {"data.name": "cifar10-subset", "data.train_size": 7000},
         # 1,965 images: more epochs, so that there are as many steps.
@@ -429,12 +430,13 @@ WIDTHS = {
     name: PROFILES["regimes"].base.override(**{"model.hidden": hidden})
     for name, hidden in {"small": (20,), "large": (400, 400)}.items()
 }
-FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS}
+BERNOULLI = {"bernoulli": PROFILES["regimes"].base.override(**{"model.output": "bernoulli"})}
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI}
 
 
 def get_profile(name: str) -> Profile:
     """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension,
-    `regimes/small` and `regimes/large` the width of the networks.
+    `regimes/small` and `regimes/large` the width of the networks, `regimes/bernoulli` the output.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested.
@@ -449,15 +451,16 @@ def get_profile(name: str) -> Profile:
         known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
         raise ConfigError(unknown("preset", name, known))
     found = PROFILES[family]
+    base = presets[preset]
     one = preset in ("cifar10", "frey") or family == "regimes"
-    outputs = found.outputs[:1] if one else found.outputs
-    same = presets[preset] == found.base
+    outputs = (base.model.output,) if one else found.outputs
+    same = base.override(**{"model.output": found.base.model.output}) == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
     variations = found.variations if same else {}
     return replace(
         found,
         name=name,
-        base=presets[preset],
+        base=base,
         outputs=outputs,
         variations=variations,
         train_sizes=found.train_sizes if same else (None,),

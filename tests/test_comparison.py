@@ -104,6 +104,21 @@ def test_outputs_of_a_data_set_are_one_block_and_incomplete_ones_none(project_ro
     assert comparison.blocks([profile], "log_likelihood") == {"digits": block}
 
 
+def test_latent_dimensions_of_a_data_set_are_one_block(project_root):
+    plans = [gpvae.get_profile(f"cpu/{name}") for name in ("mnist", "mnist-d50")]
+    for profile, sign in zip(plans, (1, -1), strict=True):
+        order = list(profile.encoders)
+        rows = [
+            fake_row(run.model.encoder, run.seed, [sign * order.index(run.model.encoder), 2.0])
+            | {"name": run.name, "config": run.to_dict()}
+            for run in profile.runs("gaussian")
+        ]
+        store_rows(profile.name, rows)
+    (block,) = comparison.blocks(plans, "log_likelihood").values()
+    middle = (len(block) + 1) / 2  # the order of one dimension is that of the other, reversed
+    assert block == dict.fromkeys(plans[0].encoders, middle)
+
+
 def test_blocks_of_several_versions_are_refused(project_root):
     rows = rivals("gaussian")
     rows[0]["code_hash"] = "other"

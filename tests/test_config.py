@@ -184,3 +184,12 @@ def test_presets_cover_the_data_sets_at_both_dimensions():
     assert profile.name == "paper/omniglot-d20" and profile.base == PRESETS["omniglot-d20"]
     with pytest.raises(ConfigError, match="Did you mean 'paper/omniglot-d20'"):
         gpvae.get_profile("paper/omniglot-20")
+
+
+def test_regimes_with_bernoulli_output_are_the_same_runs_with_another_output():
+    plain, other = gpvae.get_profile("regimes"), gpvae.get_profile("regimes/bernoulli")
+    assert other.outputs == ("bernoulli",)
+    changed = [run.override(**{"model.output": "bernoulli"}) for run in plain.jobs()]
+    assert [job for job in changed if job not in other.jobs()] == []
+    assert {job.model.output for job in other.jobs()} == {"bernoulli"}
+    assert gpvae.get_profile("regimes/small").variations == {}
