@@ -402,7 +402,10 @@ def _profiles() -> dict[str, Profile]:
         ),
         "burda": _burda(),
         "regimes": Profile(
-            "regimes", digits.override(**{"evaluation.gaps": False}), variations=_gp_regimes()
+            "regimes",
+            digits.override(**{"evaluation.gaps": False}),
+            outputs=("gaussian",),
+            variations=_gp_regimes(),
         ),
         "cpu": Profile(
             "cpu",
