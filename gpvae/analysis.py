@@ -7,8 +7,9 @@ gaps) is left out, and a method without any prints as missing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,13 +19,14 @@ from gpvae.config import RunConfig
 from gpvae.profiles import Profile
 from gpvae.refine import Study
 from gpvae.results import Results, Row
-from gpvae.stats import Interval, auroc, mean_interval
+from gpvae.stats import Interval, auroc, mean_interval, spearman
 from gpvae.tables import (
     LABELS,
     MISSING,
     PROPOSALS,
     by_encoder,
     format_interval,
+    format_range,
     format_seeds,
     mean_of,
     paired,
@@ -98,15 +100,15 @@ def decompositions(
 def gap_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
     """One line per output and method: log p(x), ELBO and the three gaps."""
     lines = []
-    for output, methods in decompositions(profile, results, rows).items():
-        found = by_encoder(profile, output, rows)
-        for encoder, d in methods.items():
+    for output in profile.outputs:
+        for encoder, found in by_encoder(profile, output, rows).items():
+            d = decomposition(results, found)
             count = f"{d.unconverged} of {d.images}" if d.images else MISSING
             lines.append(
                 {
                     "method": LABELS.get(encoder, encoder),
                     "output": output,
-                    "seeds": format_seeds(found[encoder], profile.seeds),
+                    "seeds": format_seeds(found, profile.seeds),
                     "log p(x)": format_interval(d.log_px),
                     "ELBO": format_interval(d.elbo),
                     "approximation gap": format_interval(d.approximation),
@@ -116,6 +118,39 @@ def gap_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.Dat
                 }
             )
     return pd.DataFrame(lines)
+
+
+GAPS = {"amortization gap": "amortization_gap", "inference gap": "inference_gap"}
+SCORES = {  # label -> score, and whose it is; each is meant to be larger where the gap is
+    "Var f / E h²": (SCORE, "gpvae"),
+    "Var f": ("f_var", "gpvae"),
+    "Var h": ("h_var", "gpvae"),
+    "expected gap": ("expected_gap", "gpvae"),
+    "−ELBO": ("minus_elbo", "gpvae"),
+    "−encoder variance": ("minus_q_var", "gpvae"),
+    "−encoder variance (VAE)": ("minus_q_var", "vae"),
+}
+
+
+def per_image(results: Results, row: Row) -> dict[str, np.ndarray]:
+    """Arrays of a row, with both gaps and the scores that need no random function, [N] each."""
+    a = results.arrays(row)
+    a["minus_elbo"] = -a["elbo"]
+    if "q_var" in a:
+        a["minus_q_var"] = -a["q_var"]
+    if "elbo_optimised" in a:
+        a["amortization_gap"] = a["elbo_optimised"] - a["elbo"]
+    if "log_px" in a:
+        a["inference_gap"] = a["log_px"] - a["elbo"]
+    return a
+
+
+def rank_correlations(
+    results: Results, rows: Sequence[Row], score: str, gap: str = "amortization_gap"
+) -> list[float]:
+    """Spearman's correlation over images of a score with a gap, for each row that has both."""
+    images = [per_image(results, row) for row in rows]
+    return [spearman(a[score], a[gap]) for a in images if score in a and gap in a]
 
 
 class Refinement:
@@ -262,6 +297,78 @@ def calibration(
     if not expected:
         return np.full(bins, np.nan), [mean_interval([])] * bins
     return np.mean(expected, 0), [mean_interval(values) for values in zip(*observed, strict=True)]
+
+
+def calibration_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per output: how many times the expected gap the observed one is, over seeds."""
+    lines = []
+    for output in profile.outputs:
+        own = by_encoder(profile, output, rows)["gpvae"]
+        images = [a for row in own if "expected_gap" in (a := per_image(results, row))]
+        images = [a for a in images if "amortization_gap" in a]
+        ratios = [a["amortization_gap"].mean() / (2 * a["expected_gap"].mean()) for a in images]
+        steps = np.diff([gap.value for gap in calibration(results, own)[1]])
+        lines.append(
+            {
+                "output": output,
+                "seeds": format_seeds([row for row in own if "log_px" in row], profile.seeds),
+                "observed / expected gap": format_interval(mean_interval(ratios), digits=0),
+                "deciles over which it rises": (
+                    f"{int((steps > 0).sum())} of {len(steps)}" if images else MISSING
+                ),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def search_table(
+    profile: Profile, rows: Sequence[Row], failed: Collection[str], name: str = "tuning-each"
+) -> pd.DataFrame:
+    """One line per method and output: the candidates of a search and the one with the highest
+    validation bound (nats). Of equal ones (RME's best checkpoint may come before its later stages)
+    it is the one that changes least.
+
+    Args:
+        profile: with that variation.
+        rows: of its runs, as far as they are there.
+        failed: names of runs that failed.
+        name: of the variation.
+    """
+    by_name = {row["name"]: row for row in rows}
+    searched: dict[tuple[str, str], list[tuple[Mapping[str, Any], RunConfig]]] = {}
+    for changes in profile.variations[name]:
+        run = profile.base.override(**changes)
+        searched.setdefault((run.model.encoder, run.model.output), []).append((changes, run))
+    lines = []
+    for (encoder, output), candidates in searched.items():
+        measured = [(changes, by_name[r.name]) for changes, r in candidates if r.name in by_name]
+        seen = [dict(changes) for changes, _ in candidates]
+        varied = {
+            k: v for each in seen for k, v in each.items() if any(v != e.get(k) for e in seen)
+        }
+        line = {
+            "method": LABELS.get(encoder, encoder),
+            "output": output,
+            "candidates": len(candidates),
+            "measured": len(measured),
+            "failed": sum(run.name in failed for _, run in candidates),
+            "epochs": format_range(sorted({run.training.epochs for _, run in candidates})),
+            "varied": ", ".join(key.split(".", 1)[1] for key in varied),
+        }
+        chosen, bound = MISSING, MISSING
+        if measured:
+            news = [_news(profile.base, changes, varied) for changes, _ in measured]
+            bounds = [row["valid_elbo"] for _, row in measured]
+            best = max(range(len(news)), key=lambda i: (bounds[i], -len(news[i])))
+            chosen = ", ".join(f"{k.split('.', 1)[1]} = {v}" for k, v in news[best].items())
+            chosen, bound = chosen or "as it was", f"{bounds[best]:.2f}"
+        lines.append(line | {"chosen": chosen, "its validation ELBO": bound})
+    return pd.DataFrame(lines)
+
+
+def _news(base: RunConfig, changes: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """The entries of some keys that differ from the base configuration."""
+    return {k: v for k, v in changes.items() if k in keys and base.override(**{k: v}) != base}
 
 
 def by_step_count(profile: Profile, rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:

@@ -40,13 +40,18 @@ class Ranking:
         ranks: by encoder, the best one first; 1 is best.
         difference: Nemenyi's critical difference at the 5% level.
         p: of Friedman's test that all methods rank alike.
-        blocks: how many there are.
+        blocks: the ranks in each block, by encoder.
     """
 
     ranks: dict[str, float]
     difference: float
     p: float
-    blocks: int
+    blocks: dict[str, dict[str, float]]
+
+    @property
+    def differs(self) -> bool:
+        """Whether Friedman's test rejects at the 5% level, so that methods may be compared."""
+        return self.p < 0.05
 
     def equals(self, encoder: str) -> list[str]:
         """The methods whose mean rank is within the critical difference of this one's."""
@@ -63,27 +68,32 @@ def evidence_profiles() -> list[Profile]:
 def blocks(profiles: Sequence[Profile], quantity: str) -> dict[str, dict[str, float]]:
     """For each data set the mean rank of every method over its outputs and latent dimensions.
 
-    A block needs a row of every method and seed of its profile, of one version of the code and the
-    data; an output that lacks some is left out, and a data set that has none left.
+    A block needs a row of every method and seed of its profile; an output that lacks some is left
+    out, and a data set that has none left. A block's name says what went into it.
 
     Args:
         profiles: those of a data set count together.
         quantity: such as `log_likelihood`; methods are ranked by its mean over seeds.
 
     Raises:
-        DataError: rows of several versions.
+        DataError: rows of several versions of the code or the data.
     """
-    ranks = defaultdict(list)
+    ranks, parts, used = defaultdict(list), defaultdict(list), []
     for profile in profiles:
         rows = rows_of(profile.runs(), profile.name, stored=True, log=lambda line: None)
         for output in profile.outputs:
             methods = by_encoder(profile, output, rows)
             if all(len(own) == len(profile.seeds) for own in methods.values()):
-                check_one_version(rows)
                 values = {e: mean_of(own, quantity).value for e, own in methods.items()}
-                ranks[profile.base.data.name].append(_ranks(values))
+                name = profile.base.data.name
+                ranks[name].append(_ranks(values))
+                parts[name].append(f"{output}, D = {profile.base.model.latent_dim}")
+                used += [row for own in methods.values() for row in own]
+    check_one_version(used)
     return {
-        name: {e: float(np.mean([r[e] for r in each])) for e in each[0]}
+        f"{name} ({'; '.join(parts[name])})": {
+            e: float(np.mean([r[e] for r in each])) for e in each[0]
+        }
         for name, each in ranks.items()
     }
 
@@ -100,14 +110,18 @@ def ranking(blocks: Mapping[str, Block]) -> Ranking | None:
     if k < 3 or n < 2:
         return None
     values = np.array([[block[e] for e in common] for block in blocks.values()])
-    ranks = stats.rankdata(values, axis=1).mean(0)
-    order = sorted(zip(common, map(float, ranks), strict=True), key=lambda pair: pair[1])
+    ranks = stats.rankdata(values, axis=1)  # again, since a method may have been left out
+    means = map(float, ranks.mean(0))
+    order = sorted(zip(common, means, strict=True), key=lambda pair: pair[1])
     studentised = stats.studentized_range.ppf(0.95, k, math.inf) / math.sqrt(2)
     return Ranking(
         ranks=dict(order),
         difference=float(studentised * math.sqrt(k * (k + 1) / (6 * n))),
         p=float(stats.friedmanchisquare(*values.T).pvalue),
-        blocks=n,
+        blocks={
+            name: dict(zip(common, map(float, line), strict=True))
+            for name, line in zip(blocks, ranks, strict=True)
+        },
     )
 
 

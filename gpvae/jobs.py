@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpvae import experiment, paths
 from gpvae.config import RunConfig
-from gpvae.results import Results, Row, read_json_lines, run_key
+from gpvae.results import Results, Row, not_finite, read_json_lines, run_key
 
 STATES = ("done", "stale", "failed", "missing")
 
@@ -78,6 +78,8 @@ def survey(
             status, reason = experiment.status_of(results, config, data, fresh_since)
             row, key = results.find(config.name), run_key(config, data.hash)
             state = {"made": "missing", "recomputed": "stale", "reused": "done"}[status]
+            if row is not None and not_finite(row):
+                state = "missing"
             failure = failures.get(config.name)
             if state != "done" and failure is not None and _counts(failure, key, row):
                 state, reason = "failed", failure.brief
@@ -106,10 +108,21 @@ def failures_path(profile: str) -> Path:
     return paths.results(profile) / "failures.jsonl"
 
 
-def read_failures(profile: str) -> dict[str, Failure]:
-    """The newest failure of each name, whether or not the job has succeeded since."""
+def committed_failures_path(profile: str) -> Path:
+    """File of the failures that are committed with the figures."""
+    return paths.figures(profile) / "failures.jsonl"
+
+
+def read_failures(profile: str, committed: bool = False) -> dict[str, Failure]:
+    """The newest failure of each name, whether or not the job has succeeded since.
+
+    Args:
+        profile: whose failures.
+        committed: read those in `figures/<profile>/`, too.
+    """
+    lines = read_json_lines(committed_failures_path(profile)) if committed else []
     found = {}
-    for line in read_json_lines(failures_path(profile)):
+    for line in lines + read_json_lines(failures_path(profile)):
         try:
             failure = Failure(**line)
         except TypeError:  # damaged, or of another version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from gpvae import events, paths
 from gpvae.analysis import POLICIES, SYMBOLS, Decomposition, Refinement
@@ -84,13 +87,19 @@ def image_row(ax: Axes, images: np.ndarray, label: str = "", columns: int | None
 
 
 def learning_curves(ax: Axes, histories: Mapping[str, Sequence[pd.DataFrame]]) -> None:
-    """Validation bound against epoch: one thin line for each seed, best points marked."""
+    """Validation bound against epoch: one thin line for each seed, best points marked, and their
+    mean over the epochs that every seed reached.
+    """
     for encoder, runs in histories.items():
-        for i, history in enumerate(runs):
-            colour, label = COLOURS[encoder], LABELS[encoder] if i == 0 else None
-            ax.plot(history.epoch, history.valid_elbo, color=colour, alpha=0.7, lw=0.8, label=label)
+        colour = COLOURS[encoder]
+        for history in runs:
+            ax.plot(history.epoch, history.valid_elbo, color=colour, alpha=0.3, lw=0.5)
             best = history.loc[history.valid_elbo.idxmax()]
-            ax.plot(best.epoch, best.valid_elbo, "o", color=colour)
+            ax.plot(best.epoch, best.valid_elbo, "o", color=colour, ms=2)
+        if runs:
+            curves = [history.set_index("epoch").valid_elbo for history in runs]
+            mean = pd.concat(curves, axis=1, join="inner").mean(axis=1)
+            ax.plot(mean.index, mean, color=colour, lw=1, label=LABELS[encoder])
     bounds = [history.valid_elbo for runs in histories.values() for history in runs]
     if bounds:  # the first epochs would flatten everything
         low, high = np.quantile(np.concatenate(bounds), 0.2), max(map(max, bounds))
@@ -155,6 +164,12 @@ def density_contours(
     return p
 
 
+def mark_missing(ax: Axes, y: float) -> None:
+    """Say at this height, by the left edge, that there is nothing to draw."""
+    where = {"xy": (0.02, y), "xycoords": ax.get_yaxis_transform()}
+    ax.annotate(MISSING, **where, color="0.5", fontsize=6, va="center")
+
+
 def forest(
     ax: Axes,
     intervals: Mapping[str, Interval],
@@ -173,7 +188,7 @@ def forest(
     """
     for i, (label, interval) in enumerate(intervals.items()):
         if not interval.n:
-            ax.annotate(MISSING, (0, i), color="0.5", fontsize=6, va="center", ha="center")
+            mark_missing(ax, i)
             continue
         colour, y = (colours or {}).get(label, "0.2"), i + shift
         ax.plot([interval.low, interval.high], [y, y], color=colour)
@@ -229,7 +244,7 @@ def gap_bars(ax: Axes, methods: Mapping[str, Decomposition]) -> None:
     """
     for i, d in enumerate(methods.values()):
         if not d.inference.n:
-            ax.annotate(MISSING, (0, i), color="0.5", fontsize=6, va="center", ha="left")
+            mark_missing(ax, i)
             continue
         ends = {True: 0.0, False: 0.0}
         for label, part in (
@@ -266,16 +281,31 @@ def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) ->
     """Observed against expected gap on log axes; the line is equality."""
     value = np.array([i.value for i in observed])
     bars = np.array([[i.value - i.low, i.high - i.value] for i in observed]).T
-    ax.errorbar(expected, value, yerr=bars, fmt="o", color=COLOURS["gpvae"], capsize=2, lw=1)
+    style = {"fmt": "o", "color": COLOURS["gpvae"], "capsize": 2, "lw": 1}
+    ax.errorbar(expected, value, yerr=bars, label="decile [95% over seeds]", **style)
     ends = np.array([expected.min(), max(expected.max(), value.max())])
     ax.plot(ends, ends, color="0.5", lw=0.8, label="as expected")
-    ax.set(xscale="log", yscale="log", xlabel="expected gap (nats)")
+    ax.set(xscale="log", yscale="log", xlabel="2 × expected gap (nats)")
 
 
 def cost_front(
-    ax: Axes, points: Mapping[str, tuple[float, Interval]], front: Sequence[str]
+    ax: Axes,
+    points: Mapping[str, tuple[float, Interval]],
+    front: Sequence[str],
+    lacking: Sequence[str] = (),
 ) -> None:
-    """Difference of the bound to the VAE's against relative inference time; the front as steps."""
+    """Difference of the bound to the VAE's against relative inference time; the front as steps.
+
+    Args:
+        ax: where to draw.
+        points: see `gpvae.comparison.bounds_and_costs`.
+        front: the methods on it, the fastest first.
+        lacking: methods without a point, which are named.
+    """
+    if lacking:
+        text = f"{MISSING}: {', '.join(LABELS[encoder] for encoder in lacking)}"
+        where = {"xy": (0.98, 0.03), "xycoords": "axes fraction", "ha": "right"}
+        ax.annotate(text, **where, color="0.5", fontsize=6)
     if not points:
         ax.annotate(MISSING, (0.5, 0.5), xycoords="axes fraction", color="0.5", ha="center")
         return
@@ -290,12 +320,37 @@ def cost_front(
     ax.xaxis.set_minor_formatter("")
 
 
-def rank_line(ax: Axes, ranks: Mapping[str, float], difference: float) -> None:
-    """Mean ranks on a line, and the critical difference as a bar from each method's."""
+def rank_lines(
+    ax: Axes,
+    ranks: Mapping[str, float],
+    blocks: Mapping[str, Mapping[str, float]],
+    difference: float | None = None,
+) -> None:
+    """Mean ranks, the best on top, with the rank in each block.
+
+    Args:
+        ax: where to draw.
+        ranks: mean ranks by encoder.
+        blocks: the ranks by encoder in each block, by name.
+        difference: critical difference, drawn as a bar from the best method's rank.
+    """
     for i, (encoder, rank) in enumerate(ranks.items()):
-        ax.plot([rank, rank + difference], [i, i], color=COLOURS[encoder], lw=1, alpha=0.6)
-        ax.plot(rank, i, "o", color=COLOURS[encoder])
+        ax.plot(rank, i, "o", ms=5, color=COLOURS[encoder])
+    for name, marker in zip(blocks, "sv^<>DPX*", strict=False):
+        each = [blocks[name][encoder] for encoder in ranks]
+        style = {"ls": "", "ms": 3, "mfc": "none", "mew": 0.6, "color": "0.4"}
+        ax.plot(each, range(len(ranks)), marker, label=name, **style)
+    if difference is not None:
+        first = next(iter(ranks.values()))
+        ax.plot([first, first + difference], [-0.3, -0.3], color="0.2", label="critical difference")
     ax.set_yticks(range(len(ranks)), [LABELS[encoder] for encoder in ranks])
     ax.set_ylim(len(ranks) - 0.5, -0.5)
-    ax.set_xlabel("mean rank (1 is best); bar: critical difference")
+    ax.set_xlabel("rank by log p(x) (1 is best); filled: mean")
     ax.grid(axis="y", visible=False)
+
+
+def log_ticks(axis: Axis) -> None:
+    """Number a short logarithmic axis, too: at 1 and 3 times the powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
+    axis.set_minor_formatter("")

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -122,6 +123,16 @@ def stale_reason(row: Row, config: RunConfig, data_hash: str) -> str:
     if row["code_hash"] != code_hash():
         reasons.append(f"code: {row['code_hash']} -> {code_hash()}")
     return "; ".join(reasons)
+
+
+def not_finite(row: Row) -> str:
+    """The estimates of a row that are no finite numbers, as a list in words; empty for none."""
+    means = {key: value["mean"] for key, value in row.items() if _is_estimate(value)}
+    return ", ".join(key for key, mean in means.items() if not math.isfinite(mean))
+
+
+def _is_estimate(value: object) -> bool:
+    return isinstance(value, dict) and "mean" in value
 
 
 class Results:

@@ -57,6 +57,11 @@ def paired_interval(
     return mean_interval(differences, level)
 
 
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of values [N]; NaN where one of them is constant."""
+    return float(_pearson(stats.rankdata(x)[None], stats.rankdata(y)[None])[0])
+
+
 def spearman_interval(
     x: np.ndarray, y: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
@@ -72,8 +77,7 @@ def spearman_interval(
     index = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
     draws = _pearson(stats.rankdata(x[index], axis=1), stats.rankdata(y[index], axis=1))
     low, high = np.nanquantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    value = _pearson(stats.rankdata(x)[None], stats.rankdata(y)[None])[0]
-    return Interval(float(value), float(low), float(high), len(x))
+    return Interval(spearman(x, y), float(low), float(high), len(x))
 
 
 def auroc(low: np.ndarray, high: np.ndarray) -> float:

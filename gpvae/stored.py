@@ -7,16 +7,20 @@ is missing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from gpvae import events, paths
+from gpvae import events, paths, tables
 from gpvae.checkpoint import load_checkpoint
 from gpvae.config import RunConfig, from_dict
 from gpvae.data import Dataset
 from gpvae.errors import ConfigError
 from gpvae.experiment import Log, run_all, trained
-from gpvae.results import Results, Row, code_hash
+from gpvae.jobs import Failure, committed_failures_path, read_failures
+from gpvae.profiles import Profile
+from gpvae.results import Results, Row, code_hash, not_finite
 from gpvae.training import build_model, load_model
 from gpvae.vae import VAE
 
@@ -46,7 +50,10 @@ def rows_of(
     known = _newest(profile)
     found = {config.name: known.get(config.hash()) for config in configs}
     rows = [row for row in found.values() if row]
-    missing = [name for name, row in found.items() if not row]
+    failed = {failure.name: failure.brief for failure in failures_of(configs, profile)}
+    for name, brief in failed.items():
+        log(f"failed: {name}: {brief}")
+    missing = [name for name, row in found.items() if not row and name not in failed]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         log(f"{len(missing)} of {len(found)} runs are missing: {', '.join(missing[:SHOWN])}{more}")
@@ -58,11 +65,35 @@ def rows_of(
     return rows
 
 
+def failures_of(configs: Sequence[RunConfig], profile: str) -> list[Failure]:
+    """How those of these runs failed that have no row, here or where the figures were made."""
+    known, failures = _newest(profile), read_failures(profile, committed=True)
+    pairs = [(config.hash(), failures.get(config.name)) for config in configs]
+    return [f for key, f in pairs if f and f.config_hash == key and key not in known]
+
+
+def keep_evidence(plan: Profile) -> int:
+    """Copy what is behind a profile's tables to `figures/<profile>/`: the rows and arrays of its
+    runs, and the failures of those that have none; returns the number of rows.
+    """
+    runs, path = plan.jobs(), committed_failures_path(plan.name)
+    rows = rows_of(runs, plan.name, stored=True, log=lambda line: None)
+    failures = [replace(f, traceback="") for f in failures_of(runs, plan.name)]
+    tables.save_rows(rows, plan.name)
+    path.unlink(missing_ok=True)
+    if failures:
+        path.write_text("".join(json.dumps(asdict(f)) + "\n" for f in failures), "utf-8")
+    return len(rows)
+
+
 def _newest(profile: str) -> dict[str, Row]:
-    """The newest stored row of each configuration, by hash, among those with per-image arrays."""
+    """The newest stored row of each configuration, by hash, among those with per-image arrays.
+
+    One with an estimate that is no finite number is that of a failed run, and none.
+    """
     results = Results(profile)
     rows = sorted(results.everything(), key=lambda row: row["finished"])
-    return {_hash(row): row for row in rows if results.has_arrays(row)}
+    return {_hash(row): row for row in rows if results.has_arrays(row) and not not_finite(row)}
 
 
 def _hash(row: Row) -> str:

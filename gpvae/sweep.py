@@ -18,7 +18,7 @@ from gpvae.config import RunConfig
 from gpvae.disk import DISK
 from gpvae.errors import GPVAEError, TrainingError
 from gpvae.jobs import Failure, Job, failures_path, survey
-from gpvae.results import Row, append_json_line
+from gpvae.results import Row, append_json_line, not_finite
 
 Log = Callable[[str], None]
 
@@ -135,6 +135,8 @@ class _Score:
         """Take the row of a job, or the error that calling for it raises."""
         try:
             row = result()
+            if wrong := not_finite(row):
+                raise TrainingError(f"{job.config.name}: not a finite number: {wrong}.")
         except self.catch as error:
             if isinstance(error, OSError) and error.errno in DISK:
                 raise  # the next jobs could not be stored either

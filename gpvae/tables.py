@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -98,14 +97,16 @@ QUANTITIES = {
     "ELBO": "elbo",
     "log p(x), own proposal": "log_likelihood",
     "log p(x), neutral proposal": "log_likelihood_neutral",
+    "log p(x), both proposals": "log_px",
 }
-PROPOSALS = {"own": "log_likelihood", "neutral": "log_likelihood_neutral"}
+# Both: the equal mixture of the two, which is good wherever one of them is.
+PROPOSALS = {"own": "log_likelihood", "neutral": "log_likelihood_neutral", "both": "log_px"}
 
 
 def benchmark_table(
     profile: Profile, results: Results, rows: Sequence[Row], baseline: str = "vae"
 ) -> pd.DataFrame:
-    """One line per output distribution and method: bounds, paired differences, gap and costs.
+    """One line per output distribution and method: bounds, paired differences, gap and size.
 
     Likelihoods are in nats per test image, as mean [95% interval over seeds]; differences are
     paired by seed and image. The best other method is that with the highest mean.
@@ -114,7 +115,7 @@ def benchmark_table(
     lines = []
     for output in profile.outputs:
         methods = by_encoder(profile, output, rows)
-        base, ranks = methods[baseline], mean_ranks(methods)
+        base, ranks = methods[baseline], mean_ranks(methods, profile.seeds)
         for encoder, own in methods.items():
             line = {"output": output, "method": LABELS.get(encoder, encoder)}
             line["seeds"] = format_seeds(own, profile.seeds)
@@ -135,7 +136,9 @@ def benchmark_table(
             )
             gap = mean_of(own, "elbo_optimised", minus="elbo")
             line["amortization gap"] = format_interval(gap)
-            lines.append(line | _costs(own, base) | {"rank": ranks.get(encoder, MISSING)})
+            line["parameters"] = format_range([row["parameters"] for row in own])
+            line["epochs"] = format_range([row["epochs"] for row in own])
+            lines.append(line | {"rank": ranks.get(encoder, MISSING)})
     return pd.DataFrame(lines)
 
 
@@ -149,42 +152,19 @@ def best_other(methods: Mapping[str, Sequence[Row]], encoder: str) -> str:
     return max(means, key=means.__getitem__, default="")
 
 
-def _costs(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, str]:
-    """Size and training effort of one method, the latter relative to the baseline's, which must
-    have been trained on the same device.
-    """
-    devices = {row.get("device", "cpu") for row in [*rows, *base]}
-    seconds = [
-        np.median([r["seconds"]["train"] for r in each]) if each else math.nan
-        for each in (rows, base)
-    ]
-    relative = seconds[0] / seconds[1]
-    return {
-        "parameters": format_range([r["parameters"] for r in rows]),
-        "epochs": format_range([r["epochs"] for r in rows]),
-        "training time (VAE = 1)": (
-            MISSING
-            if math.isnan(relative)
-            else f"{relative:.1f}"
-            if len(devices) == 1
-            else "other device"
-        ),
-    }
-
-
-def mean_ranks(methods: dict[str, list[Row]], quantity: str = "log_likelihood") -> dict[str, str]:
-    """Mean rank of each method that has rows, over the seeds that all of these have; 1 is best."""
+def mean_ranks(
+    methods: Mapping[str, Sequence[Row]], seeds: Sequence[int], quantity: str = "log_likelihood"
+) -> dict[str, str]:
+    """Mean rank over the seeds of each method that has a row for all of them; 1 is best."""
     values = {
-        name: {row["seed"]: row[quantity]["mean"] for row in rows}
-        for name, rows in methods.items()
-        if rows
+        name: {row["seed"]: row[quantity]["mean"] for row in rows} for name, rows in methods.items()
     }
-    common = sorted(set.intersection(*map(set, values.values()))) if values else []
-    if not common:
+    complete = {name: each for name, each in values.items() if each.keys() >= set(seeds)}
+    if not complete:
         return {}
-    table = -np.array([[each[seed] for seed in common] for each in values.values()])
+    table = -np.array([[each[seed] for seed in seeds] for each in complete.values()])
     ranks = stats.rankdata(table, axis=0).mean(1)
-    return {name: f"{rank:.1f}" for name, rank in zip(values, ranks, strict=True)}
+    return {name: f"{rank:.1f}" for name, rank in zip(complete, ranks, strict=True)}
 
 
 def format_seeds(rows: Sequence[Row], seeds: Sequence[int]) -> str:
@@ -209,14 +189,14 @@ def format_interval(interval: Interval, sign: str = "", digits: int = 2) -> str:
     if not interval.n:
         return MISSING
     value, low, high = (f"{number:{sign}.{digits}f}" for number in interval[:3])
-    return f"{value} (one seed)" if math.isnan(interval.low) else f"{value} [{low}, {high}]"
+    return f"{value} (one seed)" if interval.n == 1 else f"{value} [{low}, {high}]"
 
 
 def verdict(difference: Interval, above: str = "above", below: str = "below") -> str:
     """What a paired difference says, in words."""
     if not difference.n:
         return MISSING
-    if math.isnan(difference.low):
+    if difference.n == 1:
         return "one seed, so no interval"
     if difference.low > 0:
         return above
@@ -230,12 +210,20 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def save_table(table: pd.DataFrame, name: str, profile: str) -> pd.DataFrame:
-    """Write `figures/<profile>/<name>.csv` and `.md`; returns the table for display."""
+def save_table(table: pd.DataFrame, name: str, profile: str, note: str = "") -> pd.DataFrame:
+    """Write `figures/<profile>/<name>.csv` and `.md`; returns the table for display.
+
+    Args:
+        table: what to write.
+        name: of the files.
+        profile: whose folder.
+        note: a sentence that stands below the Markdown table.
+    """
     folder = paths.figures(profile)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.md").write_text(to_markdown(table), "utf-8")
+    text = to_markdown(table) + (f"\n{note}\n" if note else "")
+    (folder / f"{name}.md").write_text(text, "utf-8")
     events.record(profile, "table", name, "made")
     return table
 

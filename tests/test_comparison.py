@@ -25,7 +25,7 @@ def test_ranks_and_critical_difference_of_a_worked_example():
     found = comparison.ranking({f"b{i}": same for i in range(10)})
     assert found.ranks == {"vae": 1, "gpvae": 2, "iaf": 3, "hf": 4, "me": 5}
     assert found.difference == pytest.approx(2.728 * np.sqrt(5 * 6 / (6 * 10)), abs=2e-3)
-    assert found.blocks == 10 and found.p < 1e-6
+    assert len(found.blocks) == 10 and found.p < 1e-6 and found.differs
     assert found.equals("gpvae") == ["vae", "iaf"]  # 1 apart; the others are 2 or more
 
 
@@ -34,7 +34,9 @@ def test_only_methods_of_every_block_are_ranked():
         "a": block(vae=4.0, gpvae=3.0, iaf=2.0, hf=1.0),
         "b": block(vae=3.0, gpvae=1.0, iaf=2.0),
     }
-    assert comparison.ranking(blocks).ranks == {"gpvae": 1.5, "iaf": 1.5, "vae": 3.0}
+    found = comparison.ranking(blocks)
+    assert found.ranks == {"gpvae": 1.5, "iaf": 1.5, "vae": 3.0} and not found.differs
+    assert found.blocks["a"] == {"iaf": 1, "gpvae": 2, "vae": 3}  # without hf, which b lacks
     assert comparison.ranking({"a": blocks["a"]}) is None
     assert comparison.ranking({}) is None
     assert comparison.ranking({"a": block(vae=1.0), "b": block(vae=1.0)}) is None
@@ -101,7 +103,8 @@ def test_outputs_of_a_data_set_are_one_block_and_incomplete_ones_none(project_ro
     assert sorted(block, key=block.get, reverse=True) == worst_first
     assert block["vlae"] == 1 and block["vae"] == len(worst_first)
     store_rows("rivals", rivals("bernoulli", missing={("iaf", 2)}))  # changes nothing
-    assert comparison.blocks([profile], "log_likelihood") == {"digits": block}
+    found = comparison.blocks([profile], "log_likelihood")
+    assert found == {"digits (gaussian, D = 10)": block}
 
 
 def test_latent_dimensions_of_a_data_set_are_one_block(project_root):
@@ -114,7 +117,8 @@ def test_latent_dimensions_of_a_data_set_are_one_block(project_root):
             for run in profile.runs("gaussian")
         ]
         store_rows(profile.name, rows)
-    (block,) = comparison.blocks(plans, "log_likelihood").values()
+    ((name, block),) = comparison.blocks(plans, "log_likelihood").items()
+    assert name == "mnist (gaussian, D = 20; gaussian, D = 50)"
     middle = (len(block) + 1) / 2  # the order of one dimension is that of the other, reversed
     assert block == dict.fromkeys(plans[0].encoders, middle)
 

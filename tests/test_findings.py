@@ -9,6 +9,7 @@ from rows import fake_row, store_rows
 import gpvae
 from gpvae import findings
 from gpvae.findings import FAILS, HOLDS, IN_PART, UNKNOWN
+from gpvae.stats import Interval
 
 VALUES = np.array([1.0, 2.0, 3.0, 5.0])
 FACTS = {"device": "abacus", "threads": 1, "networks": [1, 28, 28, 500, 50]}
@@ -58,8 +59,20 @@ def test_likelihood_claim(project_root, ours, theirs, verdict):
     found = findings.likelihood(plan(), store, rows)
     assert found.verdict == verdict
     assert len(found.evidence) == 6
+    assert found.claim == "1. Likelihood: higher than that of every rival"
     assert f"GPVAE − VAE = {ours[0] + 0.01 * (ours[0] != 0):+.2f}" in found.evidence[0]
     assert f"**Verdict: {verdict}.**" in found.markdown()
+
+
+@pytest.mark.parametrize("lost", [("iaf", "bernoulli"), ("gpvae", "bernoulli")])
+def test_a_claim_does_not_hold_on_half_of_the_evidence(project_root, lost):
+    """GPVAE wins wherever there are rows."""
+    gains = {key: gain for key, gain in every((1.0, 1.0), (0.5, 0.5)).items() if key != lost}
+    store, rows = stored(gains)
+    found = findings.likelihood(plan(), store, rows)
+    assert found.verdict == IN_PART
+    name = {"iaf": "IAF", "gpvae": "GPVAE"}[lost[0]]
+    assert found.evidence[-1] == f"incomplete: {name} (bernoulli): missing"
 
 
 def test_nothing_is_claimed_without_rows(project_root):
@@ -123,7 +136,18 @@ def test_a_score_that_a_free_one_beats_holds_in_part(project_root):
     )
     found = findings.difficulty(plan(), store, rows)
     assert found.verdict == IN_PART
-    assert "+0.80" in found.evidence[0] and "+1.00" in found.evidence[0]
+    assert "+0.80" in found.evidence[0] and "+1.00" in found.evidence[1]
+    assert "minus it -0.20" in found.evidence[1]
+
+
+def test_the_encoders_precision_is_a_rival_of_the_score(project_root):
+    rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
+    gap, variance = np.array([1.0, 2.0, 3.0, 4.0]), np.array([4.0, 3.0, 2.0, 1.0])
+    arrays = {"elbo": VALUES, "elbo_optimised": VALUES + gap, "q_var": variance}
+    store = store_rows("t", rows, **RANDOM, **arrays)
+    found = findings.difficulty(plan(), store, rows)
+    assert found.verdict == IN_PART
+    assert "negative encoder variance" in found.evidence[2] and "+1.00" in found.evidence[2]
 
 
 def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
@@ -145,6 +169,26 @@ def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
     found = findings.regime(profile, store_rows("t", rows), rows, "latent-dim")
     assert list(found) == ["latent_dim = 2", "latent_dim = 10", "features = 7, latent_dim = 2"]
     assert [d.value for d in found.values()] == pytest.approx([0.01, 0.01, 4.0])
+
+
+def test_a_setting_of_several_variations_counts_once():
+    usual, other, less = (Interval(v, v - 1, v + 1, 3) for v in (2.0, 0.5, -3.0))
+    one = Interval(9.0, np.nan, np.nan, 1)
+    text = findings.regimes_sentence({"a": {"x": usual, "y": other}, "b": {"x": usual, "z": less}})
+    assert text.startswith("3 different settings") and "1 interval lies above zero" in text
+    assert "2 means are positive" in text
+    assert findings.regimes_sentence({"a": {"x": one}}).startswith("0 different settings")
+
+
+def test_scaling_table():
+    table = findings.scaling_table(
+        [(20, 100, 0.1), (20, 100, 0.3), (400, 100, 0.5), (20, 250, 1.0)]
+    )
+    assert list(table.columns) == ["training images N", "M = 20", "M = 400"]
+    assert table.to_numpy().tolist() == [
+        [100, "0.2000 (2 runs)", "0.5000 (1 runs)"],
+        [250, "1.0000 (1 runs)", "missing"],
+    ]
 
 
 def test_widths_come_from_profiles_of_their_own(project_root):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PROFILE, NAME = "bench", "speed"
-TARGETS = {"training": 1.25, "inference": 1.05}  # largest ratio of GPVAE to the VAE
+DRAWN = ("training", "inference")
 
 
 def format_facts(facts: Mapping[str, Any]) -> str:
@@ -114,7 +114,7 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
     (folder / "rows.jsonl").write_text(lines, "utf-8")
     tables.save_table(table(everything), NAME, PROFILE)
     here = [row for row in everything if place(row["facts"]) == place(facts)]
-    if drawn := [row for row in here if row["section"] in TARGETS and row["ratio"] is not None]:
+    if drawn := [row for row in here if row["section"] in DRAWN and row["ratio"] is not None]:
         plots.use_style()
         kind = "cpu" if facts["device"] == "cpu" else "gpu"
         plots.save(figure(drawn), f"{NAME}_{kind}", PROFILE)
@@ -129,8 +129,6 @@ def key(row: Row) -> tuple[str, str]:
 def figure(rows: Sequence[Row]) -> Figure:
     """Ratios to the VAE of every encoder, as medians and ranges over turns, on a log axis.
 
-    Dotted lines are the targets for GPVAE.
-
     Args:
         rows: of the sections `training` and `inference`, measured ones only.
     """
@@ -140,11 +138,10 @@ def figure(rows: Sequence[Row]) -> Figure:
 
     order = sorted({method(row) for row in rows}, key=rank)
     found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.6), sharey=True)
-    for ax, (section, target) in zip(axes, TARGETS.items(), strict=True):
+    for ax, section in zip(axes, DRAWN, strict=True):
         for row in rows:
             if row["section"] == section:
                 whisker(ax, row, order.index(method(row)))
-        ax.axvline(target, color=plots.COLOURS["gpvae"], lw=0.6, ls=":", zorder=0)
         ax.set(xscale="log", xlabel=f"{section}: time relative to the VAE")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(axis="y", visible=False)
