@@ -11,13 +11,18 @@ from gpvae.analysis import (
     SCORE,
     Refinement,
     by_step_count,
+    calibration_table,
     decomposition,
     decompositions,
     gap_table,
+    per_image,
+    rank_correlations,
     refinement_table,
+    search_table,
     step_differences,
     step_table,
 )
+from gpvae.profiles import VALIDATION
 
 
 @pytest.fixture
@@ -146,3 +151,49 @@ def test_steps_are_compared_with_the_baseline(project_root, plan):
     assert table.loc["K = 1", "difference to VAE, own"] == "+0.50 [+0.50, +0.50]"
     assert table.loc["K = 4", "difference to VAE, neutral"] == "+1.00 (one seed)"
     assert (table.loc["M = 2"].drop("method") == "missing").all()
+
+
+def test_rank_correlations_are_those_of_rows_that_have_both(project_root):
+    rows = [fake_row("gpvae", seed, [1.0, 2.0, 3.0, 4.0]) for seed in (0, 1)]
+    gap, variance = np.array([1.0, 2.0, 4.0, 3.0]), np.array([4.0, 3.0, 2.0, 1.0])
+    arrays = {"elbo": -gap, "elbo_optimised": np.zeros(4), "q_var": variance}
+    store = store_rows("t", rows, **arrays)
+    assert rank_correlations(store, rows, "minus_elbo") == pytest.approx([1.0, 1.0])
+    assert rank_correlations(store, rows, "minus_q_var") == pytest.approx([0.8, 0.8])
+    assert rank_correlations(store, rows, "f_var") == []
+    with_px = per_image(store, rows[0])
+    np.testing.assert_allclose(with_px["inference_gap"], with_px["log_px"] + gap)
+
+
+def test_calibration_table(project_root):
+    plan = gpvae.Profile("t", gpvae.RunConfig(), seeds=(0, 1, 2))
+    rows = [fake_row("gpvae", s, [1.0, 2.0, 3.0, 4.0]) for s in (0, 1)]
+    arrays = {"elbo": np.zeros(4), "elbo_optimised": np.array([8.0, 16.0, 24.0, 32.0])}
+    store = store_rows("t", rows, **arrays, expected_gap=np.array([0.1, 0.2, 0.3, 0.4]))
+    gaussian, bernoulli = calibration_table(plan, store, rows).to_dict("records")
+    assert gaussian["observed / expected gap"] == "40 [40, 40]"
+    assert gaussian["seeds"] == "2 of 3 (missing: 2)"
+    assert set(bernoulli.values()) == {"bernoulli", "missing"}
+
+
+def test_search_table_names_the_choice_the_failures_and_what_is_missing(project_root):
+    rate = "training.learning_rate"
+    tried = [{"model.encoder": "vae", rate: r, "training.epochs": 7} for r in (1e-4, 1e-3, 1e-2)]
+    tried += [{"model.encoder": "iaf", "model.flow.hidden": h} for h in (100, 7)]
+    tried += [{"model.encoder": "me", "model.mixture.components": 2}]
+    candidates = tuple(changes | VALIDATION for changes in tried)
+    base = gpvae.RunConfig()
+    plan = gpvae.Profile("t", base, seeds=(0,), variations={"tuning-each": candidates})
+    runs = plan.variation("tuning-each")
+    bounds = [-3.0, None, -2.0, -1.0, -1.0, None]
+    rows = [
+        fake_row("vae", 0, [1.0]) | {"name": run.name, "valid_elbo": bound}
+        for run, bound in zip(runs, bounds, strict=True)
+        if bound is not None
+    ]
+    vae, iaf, me = search_table(plan, rows, {runs[1].name}).to_dict("records")
+    assert (vae["candidates"], vae["measured"], vae["failed"]) == (3, 2, 1)
+    assert (vae["varied"], vae["epochs"]) == ("learning_rate", "7")
+    assert vae["chosen"] == "learning_rate = 0.01" and vae["its validation ELBO"] == "-2.00"
+    assert iaf["chosen"] == "as it was"  # of two equal ones the one that changes nothing
+    assert me["chosen"] == me["its validation ELBO"] == "missing" and me["measured"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import gpvae
 from gpvae import experiment, paths, results, stored
 from gpvae.events import read
 from gpvae.experiment import load_data, run_all
-from gpvae.results import Results
-from gpvae.stored import history_of, model_of, rows_of
+from gpvae.jobs import Failure, committed_failures_path, failures_path
+from gpvae.results import Results, append_json_line
+from gpvae.stored import history_of, keep_evidence, model_of, rows_of
 from gpvae.tables import save_rows
 
 
@@ -127,3 +129,37 @@ def test_models_and_histories_come_from_checkpoints(project_root, config, lines,
     assert model_of(config, "t", data, stored=True) is None
     assert history_of(old, "t") == []
     assert model_of(config.override(seed=9), "t", data, stored=True) is None
+
+
+def failure(config, **changes):
+    fields = {"name": config.name, "key": "k", "config_hash": config.hash(), "time": 2.0}
+    return Failure(**{**fields, "error": "TrainingError", "message": "nan\nmore", **changes})
+
+
+def test_failures_are_named_and_committed_with_the_rows(project_root, lines, nothing_trains):
+    plan = gpvae.Profile("t", gpvae.RunConfig(), ("vae",), (0, 1, 2, 3), ("gaussian",))
+    done, failed, other, _ = plan.runs()
+    store_rows("t", [fake_row("vae", 0, [1.0])])
+    for entry in (
+        failure(done),  # has a row
+        failure(failed, traceback="a path"),
+        failure(other, config_hash="of another configuration"),
+    ):
+        append_json_line(failures_path("t"), asdict(entry))
+    assert keep_evidence(plan) == 1
+    shutil.rmtree(paths.results("t"))
+    (kept,) = stored.failures_of(plan.runs(), "t")
+    assert kept == failure(failed)
+    assert len(rows_of(plan.runs(), "t", stored=True, log=lines.append)) == 1
+    assert lines[0] == f"failed: {failed.name}: TrainingError: nan"
+    assert lines[1].startswith(f"2 of 4 runs are missing: {other.name}")
+    store_rows("t", [fake_row("vae", 1, [1.0])])
+    keep_evidence(plan)  # now it has a row, and nothing else failed
+    assert not committed_failures_path("t").exists()
+
+
+def test_a_row_that_is_not_finite_counts_as_none(project_root, lines, nothing_trains):
+    store_rows("t", [fake_row("vae", 0, [1.0, np.nan]), fake_row("vae", 1, [1.0, 2.0])])
+    wanted = gpvae.Profile("t", gpvae.RunConfig(), ("vae",), (0, 1), ("gaussian",)).runs()
+    assert [r["seed"] for r in rows_of(wanted, "t", stored=True, log=lines.append)] == [1]
+    assert lines[0].startswith("1 of 2 runs are missing")

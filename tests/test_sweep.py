@@ -108,6 +108,17 @@ def test_done_jobs_are_skipped(base, lines, monkeypatch):
     ]
 
 
+def test_a_row_that_is_not_finite_is_a_failure(base, lines, monkeypatch):
+    (row,) = sweep({"a": [base]}, log=lines.append).rows.values()
+    bad = row | {"elbo": row["elbo"] | {"mean": float("nan")}}
+    results.append_json_line(Results("a").path, bad)
+    assert [job.state for job in jobs.survey({"a": [base]})] == ["missing"]
+    outcome = sweep({"a": [base]}, log=lines.append)
+    assert not outcome.rows and "not a finite number: elbo" in lines[-1]
+    (job,) = jobs.survey({"a": [base]})
+    assert job.state == "failed" and "elbo" in job.reason
+
+
 def test_failing_job_is_recorded_and_the_others_are_done(base, lines):
     bad = base.override(**DIVERGES, seed=7)
     outcome = sweep({"a": [bad, base]}, log=lines.append)
