@@ -112,9 +112,9 @@ def legend_beside(figure: Figure) -> None:
     _shared_legend(figure, loc="outside right center")
 
 
-def legend_below(figure: Figure) -> None:
-    """One legend for all panels, in a line below them, each label once."""
-    _shared_legend(figure, loc="outside lower center", ncols=4)
+def legend_below(figure: Figure, columns: int = 4) -> None:
+    """One legend for all panels, in lines below them, each label once."""
+    _shared_legend(figure, loc="outside lower center", ncols=columns)
 
 
 def _shared_legend(figure: Figure, **options: object) -> None:

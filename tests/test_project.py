@@ -15,6 +15,10 @@ from packaging.specifiers import SpecifierSet
 
 import gpvae
 from gpvae import paths
+from gpvae.analysis import search_table
+from gpvae.config import METHODS
+from gpvae.results import read_json_lines
+from gpvae.tables import LABELS, MISSING
 
 ROOT = paths.CHECKOUT
 README = (ROOT / "README.md").read_text("utf-8")
@@ -89,6 +93,18 @@ def test_every_number_in_the_results_stands_in_a_committed_table():
     assert len(quoted) >= 40
     for text in quoted:
         assert text in tables, text
+
+
+@pytest.mark.parametrize("name", ["cpu/mnist", "rivals"])
+def test_settings_are_what_the_committed_search_chose(name):
+    plan, encoders = gpvae.get_profile(name), {label: key for key, label in LABELS.items()}
+    rows = read_json_lines(ROOT / "figures" / name / "rows.jsonl")
+    lines = search_table(plan, rows, ()).to_dict("records")
+    assert len(lines) == len(METHODS[1:]) * len({line["output"] for line in lines})
+    for line in lines:
+        settings = plan.settings.get((encoders[line["method"]], line["output"]), {})
+        expected = ", ".join(f"{key.split('.', 1)[1]} = {v}" for key, v in settings.items())
+        assert line["chosen"] in (expected or "as it was", MISSING), line
 
 
 def test_readme_names_every_command_that_exists():
