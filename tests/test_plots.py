@@ -92,3 +92,22 @@ def test_saved_figures_are_equal_bit_for_bit(project_root):
         return [(project_root / f"figures/t/x.{kind}").read_bytes() for kind in ("png", "pdf")]
 
     assert draw() == draw()
+
+
+def test_ranks_show_every_block_and_a_difference_only_where_there_is_one(ax):
+    ranks, blocks = {"iaf": 1.5, "vae": 2.0}, {"a": {"iaf": 1, "vae": 2}, "b": {"iaf": 2, "vae": 2}}
+    plots.rank_lines(ax, ranks, blocks)
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in ax.lines}
+    assert drawn["a"] == [1, 2] and drawn["b"] == [2, 2]
+    assert "critical difference" not in drawn
+    plots.rank_lines(ax, ranks, blocks, 3.0)
+    assert ax.lines[-1].get_xdata().tolist() == [1.5, 4.5]
+
+
+def test_a_short_logarithmic_axis_has_numbers(ax):
+    ax.set(xscale="log", xlim=(1.2e-3, 8e-3))
+    plots.log_ticks(ax.xaxis)
+    ax.figure.canvas.draw()
+    shown = [t.get_text() for t in ax.get_xticklabels() if 1.2e-3 < t.get_position()[0] < 8e-3]
+    assert len(shown) == 1 and "3" in shown[0]
+    assert not any(t.get_text() for t in ax.get_xticklabels(minor=True))
