@@ -350,7 +350,8 @@ def rank_lines(
 
 
 def log_ticks(axis: Axis) -> None:
-    """Number a short logarithmic axis, too: at 1 and 3 times the powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    """Number a logarithmic axis, after drawing, so that there are two to five numbers."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 3) if high > 10 * low else (1, 2, 5)))
     axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
     axis.set_minor_formatter("")
