@@ -22,7 +22,14 @@ from gpvae.notebooks import find_notebooks
 NOTEBOOKS = [notebook.path for notebook in find_notebooks(paths.notebooks())]
 # The smoke profile has no other numbers of steps and no outliers; an empty folder has no bench rows
 # and no committed evidence.
-NOT_IN_SMOKE = {"04_steps", "03_outliers", "04_cost_front", "06_ranks", "06_literature"}
+NOT_IN_SMOKE = {
+    "04_search",
+    "04_steps",
+    "03_outliers",
+    "04_cost_front",
+    "06_ranks",
+    "06_literature",
+}
 README = (paths.CHECKOUT / "README.md").read_text("utf-8")
 
 
