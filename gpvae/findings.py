@@ -44,6 +44,7 @@ HOLDS, IN_PART, FAILS, UNKNOWN = (
 )
 
 
+SCORE_NAME = "Var f / E h²"
 RIVAL_SCORES = {"−ELBO": "minus_elbo", "the negative encoder variance": "minus_q_var"}
 
 
@@ -209,6 +210,50 @@ def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
         tuple(evidence),
         conditions(profile, rows),
     )
+
+
+def summary(profiles: Sequence[Profile]) -> pd.DataFrame:
+    """One line per data set and output: what claims 1 and 3 rest on, with 95% over seeds.
+
+    Likelihoods are log p(x), own proposal, in nats per image; correlations are Spearman's with
+    GPVAE's amortization gap.
+
+    Raises:
+        DataError: rows of several versions in one profile.
+    """
+    lines = []
+    for profile in profiles:
+        rows = rows_of(profile.runs(), profile.name, stored=True, log=lambda line: None)
+        check_one_version(rows)
+        results, model = Results(profile.name), profile.base.model
+        for output in profile.outputs:
+            methods = by_encoder(profile, output, rows)
+            ours, vae = methods.get("gpvae", []), methods.get("vae", [])
+            if not ours:
+                continue
+            rivals = {encoder: own for encoder, own in methods.items() if encoder != "vae"}
+            best = best_other(rivals, "gpvae")
+            to_best = paired(results, ours, methods.get(best, []), "log_likelihood")
+            scores = {
+                name: mean_interval(rank_correlations(results, ours, key))
+                for name, key in {SCORE_NAME: SCORE, **RIVAL_SCORES}.items()
+            }
+            lines.append(
+                {
+                    "data": f"{profile.base.data.name}, {output}, D = {model.latent_dim}",
+                    "seeds": format_seeds(ours, profile.seeds),
+                    "methods": f"{sum(map(bool, methods.values()))} of {len(methods)}",
+                    "GPVAE − VAE": format_interval(
+                        paired(results, ours, vae, "log_likelihood"), "+"
+                    ),
+                    "GPVAE − best rival": f"{LABELS.get(best, '')} {format_interval(to_best, '+')}",
+                    **{
+                        f"correlation of {name}": format_interval(value, "+")
+                        for name, value in scores.items()
+                    },
+                }
+            )
+    return pd.DataFrame(lines)
 
 
 def regime(

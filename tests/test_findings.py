@@ -150,6 +150,17 @@ def test_the_encoders_precision_is_a_rival_of_the_score(project_root):
     assert "negative encoder variance" in found.evidence[2] and "+1.00" in found.evidence[2]
 
 
+def test_summary_has_a_line_for_each_output_with_rows(project_root):
+    stored(every((1.0, 0.0), (0.5, 3.0)))
+    gaussian, bernoulli = findings.summary([plan()]).to_dict("records")
+    assert gaussian["data"] == "digits, gaussian, D = 10"
+    assert gaussian["seeds"] == "3 of 3" and gaussian["methods"] == "3 of 3"
+    assert gaussian["GPVAE − VAE"].startswith("+1.01 [")
+    assert bernoulli["GPVAE − best rival"].startswith("IAF -3.01 [")
+    assert gaussian["correlation of the negative encoder variance"] == "missing"
+    assert set(gaussian) == set(bernoulli)
+
+
 def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
     """Dimension 2: both methods are 4 nats worse, and equal."""
     dims = [{"model.latent_dim": dim} for dim in (2, 10)]
