@@ -233,6 +233,7 @@ def summary(profiles: Sequence[Profile]) -> pd.DataFrame:
                 continue
             rivals = {encoder: own for encoder, own in methods.items() if encoder != "vae"}
             best = best_other(rivals, "gpvae")
+            complete = sum(len(own) == len(profile.seeds) for own in methods.values())
             to_best = paired(results, ours, methods.get(best, []), "log_likelihood")
             scores = {
                 name: mean_interval(rank_correlations(results, ours, key))
@@ -242,7 +243,7 @@ def summary(profiles: Sequence[Profile]) -> pd.DataFrame:
                 {
                     "data": f"{profile.base.data.name}, {output}, D = {model.latent_dim}",
                     "seeds": format_seeds(ours, profile.seeds),
-                    "methods": f"{sum(map(bool, methods.values()))} of {len(methods)}",
+                    "complete methods": f"{complete} of {len(methods)}",
                     "GPVAE − VAE": format_interval(
                         paired(results, ours, vae, "log_likelihood"), "+"
                     ),

@@ -154,7 +154,7 @@ def test_summary_has_a_line_for_each_output_with_rows(project_root):
     stored(every((1.0, 0.0), (0.5, 3.0)))
     gaussian, bernoulli = findings.summary([plan()]).to_dict("records")
     assert gaussian["data"] == "digits, gaussian, D = 10"
-    assert gaussian["seeds"] == "3 of 3" and gaussian["methods"] == "3 of 3"
+    assert gaussian["seeds"] == "3 of 3" and gaussian["complete methods"] == "3 of 3"
     assert gaussian["GPVAE − VAE"].startswith("+1.01 [")
     assert bernoulli["GPVAE − best rival"].startswith("IAF -3.01 [")
     assert gaussian["correlation of the negative encoder variance"] == "missing"
