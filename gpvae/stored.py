@@ -16,7 +16,7 @@ from gpvae import events, paths, tables
 from gpvae.checkpoint import load_checkpoint
 from gpvae.config import RunConfig, from_dict
 from gpvae.data import Dataset
-from gpvae.errors import ConfigError
+from gpvae.errors import ConfigError, TrainingError
 from gpvae.experiment import Log, run_all, trained
 from gpvae.jobs import Failure, committed_failures_path, read_failures
 from gpvae.profiles import Profile
@@ -66,8 +66,22 @@ def rows_of(
 
 
 def failures_of(configs: Sequence[RunConfig], profile: str) -> list[Failure]:
-    """How those of these runs failed that have no row, here or where the figures were made."""
+    """How those of these runs failed that have no row, here or where the figures were made; one
+    whose row has an estimate that is no finite number failed, too.
+    """
     known, failures = _newest(profile), read_failures(profile, committed=True)
+    failures |= {
+        row["name"]: Failure(
+            row["name"],
+            row["key"],
+            _hash(row),
+            TrainingError.__name__,
+            f"not a finite number: {wrong}",
+            row["finished"],
+        )
+        for row in Results(profile).everything()
+        if (wrong := not_finite(row))
+    }
     pairs = [(config.hash(), failures.get(config.name)) for config in configs]
     return [f for key, f in pairs if f and f.config_hash == key and key not in known]
 

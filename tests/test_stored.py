@@ -158,8 +158,9 @@ def test_failures_are_named_and_committed_with_the_rows(project_root, lines, not
     assert not committed_failures_path("t").exists()
 
 
-def test_a_row_that_is_not_finite_counts_as_none(project_root, lines, nothing_trains):
+def test_a_row_that_is_not_finite_is_a_failed_run(project_root, lines, nothing_trains):
     store_rows("t", [fake_row("vae", 0, [1.0, np.nan]), fake_row("vae", 1, [1.0, 2.0])])
     wanted = gpvae.Profile("t", gpvae.RunConfig(), ("vae",), (0, 1), ("gaussian",)).runs()
     assert [r["seed"] for r in rows_of(wanted, "t", stored=True, log=lines.append)] == [1]
-    assert lines[0].startswith("1 of 2 runs are missing")
+    line = lines[0]
+    assert line.startswith(f"failed: {wanted[0].name}: TrainingError: not a finite number: log_")
