@@ -225,7 +225,7 @@ def summary(profiles: Sequence[Profile]) -> pd.DataFrame:
     for profile in profiles:
         rows = rows_of(profile.runs(), profile.name, stored=True, log=lambda line: None)
         check_one_version(rows)
-        results, model = Results(profile.name), profile.base.model
+        results = Results(profile.name)
         for output in profile.outputs:
             methods = by_encoder(profile, output, rows)
             ours, vae = methods.get("gpvae", []), methods.get("vae", [])
@@ -241,7 +241,8 @@ def summary(profiles: Sequence[Profile]) -> pd.DataFrame:
             }
             lines.append(
                 {
-                    "data": f"{profile.base.data.name}, {output}, D = {model.latent_dim}",
+                    "profile": profile.name,
+                    "output": output,
                     "seeds": format_seeds(ours, profile.seeds),
                     "complete methods": f"{complete} of {len(methods)}",
                     "GPVAE − VAE": format_interval(

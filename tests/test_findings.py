@@ -153,7 +153,7 @@ def test_the_encoders_precision_is_a_rival_of_the_score(project_root):
 def test_summary_has_a_line_for_each_output_with_rows(project_root):
     stored(every((1.0, 0.0), (0.5, 3.0)))
     gaussian, bernoulli = findings.summary([plan()]).to_dict("records")
-    assert gaussian["data"] == "digits, gaussian, D = 10"
+    assert (gaussian["profile"], gaussian["output"]) == ("t", "gaussian")
     assert gaussian["seeds"] == "3 of 3" and gaussian["complete methods"] == "3 of 3"
     assert gaussian["GPVAE − VAE"].startswith("+1.01 [")
     assert bernoulli["GPVAE − best rival"].startswith("IAF -3.01 [")
