@@ -458,7 +458,8 @@ def get_profile(name: str) -> Profile:
         raise ConfigError(unknown("preset", name, known))
     found = PROFILES[family]
     base = presets[preset]
-    one = base.data.name in ("cifar10-subset", "frey") and family == "cpu" or family == "regimes"
+    in_grey_levels = family == "cpu" and base.data.name in ("cifar10-subset", "frey")
+    one = in_grey_levels or family == "regimes"
     outputs = (base.model.output,) if one else found.outputs
     same = base.override(**{"model.output": found.base.model.output}) == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
