@@ -100,9 +100,7 @@ def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
     evidence, wins, lacking = [], [], []
     for output in profile.outputs:
         methods = by_encoder(profile, output, rows)
-        for encoder, own in methods.items():
-            if len(own) < len(profile.seeds):
-                lacking.append(f"{LABELS[encoder]} ({output}): {format_seeds(own, profile.seeds)}")
+        lacking += _lacking(output, methods, profile.seeds)
         ours = methods.get("gpvae", [])
         if not ours or not methods.get("vae"):
             continue
@@ -123,7 +121,7 @@ def likelihood(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
             if difference.n > 1:
                 wins.append(difference.low > 0)
     if lacking and evidence:
-        evidence.append(f"incomplete: {'; '.join(lacking)}")
+        evidence += [f"incomplete: {text}" for text in lacking]
     found = _verdict(wins)
     rivals = set(profile.encoders) - {"vae", "gpvae"}
     return Finding(
@@ -414,6 +412,16 @@ def _only(base: RunConfig, run: RunConfig, keys: set[str]) -> bool:
 def _runs(profile: Profile, name: str, changes: Mapping[str, Any]) -> list[RunConfig]:
     wanted = profile.base.override(**{"model.output": profile.outputs[0], **changes})
     return [run for run in profile.variation(name) if run.override(seed=wanted.seed) == wanted]
+
+
+def _lacking(output: str, methods: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[str]:
+    """One sentence about the methods and seeds that an output lacks; none if it lacks nothing."""
+    gone = [LABELS[encoder] for encoder, own in methods.items() if not own]
+    parts = [f"no rows of {', '.join(gone)}"] if gone else []
+    for encoder, own in methods.items():
+        if 0 < len(own) < len(seeds):
+            parts.append(f"{LABELS[encoder]} {format_seeds(own, seeds)}")
+    return [f"{output}, {'; '.join(parts)}"] if parts else []
 
 
 def _verdict(wins: Sequence[bool]) -> str:

@@ -72,7 +72,10 @@ def test_a_claim_does_not_hold_on_half_of_the_evidence(project_root, lost):
     found = findings.likelihood(plan(), store, rows)
     assert found.verdict == IN_PART
     name = {"iaf": "IAF", "gpvae": "GPVAE"}[lost[0]]
-    assert found.evidence[-1] == f"incomplete: {name} (bernoulli): missing"
+    assert found.evidence[-1] == f"incomplete: bernoulli, no rows of {name}"
+    rows = [row for row in rows if (row["name"][:15], row["seed"]) != ("digits-gaussian", 1)]
+    found = findings.likelihood(plan(), store, rows)
+    assert "incomplete: gaussian, VAE 2 of 3 (missing: 1); GPVAE 2 of 3" in found.evidence[-2]
 
 
 def test_nothing_is_claimed_without_rows(project_root):
