@@ -108,13 +108,15 @@ def test_transitions_leave_the_posterior_as_it_is(linear_gaussian):
 
 def test_bounds_enclose_the_truth(linear_gaussian):
     known = linear_gaussian(gpvae.VAE, orthogonal=False)
-    loose, tight = (sandwich(known.model, 60, AISOptions(t, 4, 5)) for t in (8, 100))
+    # Chains enough that the bounds below are several standard errors wide on any processor.
+    options = AISOptions(8, 4, 5), AISOptions(100, 32, 5)
+    loose, tight = (sandwich(known.model, 60, each) for each in options)
     for found in (loose, tight):
         truth = known.log_prob(found.x)
         for difference in (truth - found.lower.value, found.upper.value - truth):
             assert difference.mean() > -3 * difference.std() / math.sqrt(60)
     assert loose.gap > 0.3
-    assert 0 < tight.gap < 0.2
+    assert abs(tight.gap) < 0.15
     assert abs(tight.lower.mean - known.log_prob(tight.x).mean()) < 0.1
 
 
