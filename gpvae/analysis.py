@@ -288,10 +288,10 @@ def calibration(
     """
     expected, observed = [], []
     for row in rows:
-        a = results.arrays(row)
-        if "expected_gap" in a and "elbo_optimised" in a:
+        a = per_image(results, row)
+        if "expected_gap" in a and "amortization_gap" in a:
             groups = np.array_split(a["expected_gap"].argsort(kind="stable"), bins)
-            gap = a["elbo_optimised"] - a["elbo"]
+            gap = a["amortization_gap"]
             expected.append([2 * a["expected_gap"][g].mean() for g in groups])
             observed.append([gap[g].mean() for g in groups])
     if not expected:
@@ -342,10 +342,8 @@ def search_table(
     lines = []
     for (encoder, output), candidates in searched.items():
         measured = [(changes, by_name[r.name]) for changes, r in candidates if r.name in by_name]
-        seen = [dict(changes) for changes, _ in candidates]
-        varied = {
-            k: v for each in seen for k, v in each.items() if any(v != e.get(k) for e in seen)
-        }
+        keys = dict.fromkeys(key for changes, _ in candidates for key in changes)
+        varied = [key for key in keys if len({c.get(key) for c, _ in candidates}) > 1]
         line = {
             "method": LABELS.get(encoder, encoder),
             "output": output,

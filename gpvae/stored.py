@@ -50,10 +50,12 @@ def rows_of(
     known = _newest(profile)
     found = {config.name: known.get(config.hash()) for config in configs}
     rows = [row for row in found.values() if row]
-    failed = {failure.name: failure.brief for failure in failures_of(configs, profile)}
+    lacking = [config for config in configs if not found[config.name]]
+    failures = failures_of(lacking, profile) if lacking else []
+    failed = {failure.name: failure.brief for failure in failures}
     for name, brief in failed.items():
         log(f"failed: {name}: {brief}")
-    missing = [name for name, row in found.items() if not row and name not in failed]
+    missing = [config.name for config in lacking if config.name not in failed]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         log(f"{len(missing)} of {len(found)} runs are missing: {', '.join(missing[:SHOWN])}{more}")

@@ -108,15 +108,17 @@ def test_transitions_leave_the_posterior_as_it_is(linear_gaussian):
 
 def test_bounds_enclose_the_truth(linear_gaussian):
     known = linear_gaussian(gpvae.VAE, orthogonal=False)
-    # Chains enough that the bounds below are several standard errors wide on any processor.
-    options = AISOptions(8, 4, 5), AISOptions(100, 32, 5)
-    loose, tight = (sandwich(known.model, 60, each) for each in options)
+    # Images and chains enough that the bounds below hold by several standard errors anywhere.
+    loose, tight = (
+        sandwich(known.model, count, options)
+        for count, options in ((60, AISOptions(8, 4, 5)), (600, AISOptions(100, 8, 5)))
+    )
     for found in (loose, tight):
         truth = known.log_prob(found.x)
         for difference in (truth - found.lower.value, found.upper.value - truth):
-            assert difference.mean() > -3 * difference.std() / math.sqrt(60)
+            assert difference.mean() > -3 * difference.std() / math.sqrt(len(difference))
     assert loose.gap > 0.3
-    assert abs(tight.gap) < 0.15
+    assert 0 < tight.gap < 0.2
     assert abs(tight.lower.mean - known.log_prob(tight.x).mean()) < 0.1
 
 
