@@ -437,12 +437,20 @@ WIDTHS = {
     for name, hidden in {"small": (20,), "large": (400, 400)}.items()
 }
 BERNOULLI = {"bernoulli": PROFILES["regimes"].base.override(**{"model.output": "bernoulli"})}
-FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI}
+# Half of the published epochs. Batches are five times the published size of 20, hence about √5
+# times its first step size.
+LONG = {
+    "long": PROFILES["burda"].base.override(
+        **{"training.epochs": 1640, "training.learning_rate": 2e-3, "training.patience": 1640}
+    )
+}
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI, "burda": LONG}
 
 
 def get_profile(name: str) -> Profile:
     """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension,
-    `regimes/small` and `regimes/large` the width of the networks, `regimes/bernoulli` the output.
+    `regimes/small` and `regimes/large` the width of the networks, `regimes/bernoulli` the output,
+    `burda/long` the number of epochs.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested.
