@@ -366,32 +366,44 @@ def noise_shares(
 
 
 PUBLISHED = {1: -86.76, 50: -84.78}  # nats, Burda et al. (2016), table 1, one layer, S = 5000
-PUBLISHED_EPOCHS = 3280
+PUBLISHED_EPOCHS, PUBLISHED_BATCH, PUBLISHED_STEP = 3280, 20, 1e-3
 
 
 def literature() -> pd.DataFrame:
-    """Our log p(x) of Burda et al.'s model beside theirs; empty if it was not run."""
-    profile = get_profile("burda")
-    rows = rows_of(profile.jobs(), profile.name, stored=True, log=lambda line: None)
-    check_one_version(rows)
-    lines = []
-    for row in rows:
-        k, found = row["config"]["model"]["importance_samples"], row["log_likelihood"]
-        lines.append(
-            {
-                "objective": "ELBO (k = 1)" if k == 1 else f"importance-weighted (k = {k})",
-                "our log p(x) ± standard error over images": (
-                    f"{found['mean']:.2f} ± {found['stderr']:.2f}"
-                ),
-                "published": f"{PUBLISHED[k]:.2f}",
-                "ours − published": f"{found['mean'] - PUBLISHED[k]:+.2f}",
-                "our epochs": row["epochs"],
-                "their epochs": PUBLISHED_EPOCHS,
-                "S": found["samples"],
-                "test images": found["n"],
-            }
-        )
-    return pd.DataFrame(lines)
+    """Our log p(x) of Burda et al.'s model beside theirs, a line for each run of `burda` and
+    `burda/long`; what was not run prints as missing.
+
+    Raises:
+        DataError: the rows are of different code or data.
+    """
+    found = []
+    for profile in map(get_profile, ("burda", "burda/long")):
+        jobs = profile.jobs()
+        rows = rows_of(jobs, profile.name, stored=True, log=lambda line: None)
+        named = {row["name"]: row for row in rows}
+        found += [(job, named.get(job.name)) for job in jobs]
+    check_one_version([row for _, row in found if row])
+    found.sort(key=lambda each: (each[0].model.importance_samples, each[0].training.epochs))
+    return pd.DataFrame([_beside_published(job, row) for job, row in found])
+
+
+def _beside_published(job: RunConfig, row: Row | None) -> dict[str, Any]:
+    k, t = job.model.importance_samples, job.training
+    ours = row["log_likelihood"] if row else None
+    epochs = row["epochs"] if row else t.epochs
+    return {
+        "objective": "ELBO (k = 1)" if k == 1 else f"importance-weighted (k = {k})",
+        "our log p(x) ± standard error over images": (
+            f"{ours['mean']:.2f} ± {ours['stderr']:.2f}" if ours else MISSING
+        ),
+        "published": f"{PUBLISHED[k]:.2f}",
+        "ours − published": f"{ours['mean'] - PUBLISHED[k]:+.2f}" if ours else MISSING,
+        "epochs, ours / theirs": f"{epochs} / {PUBLISHED_EPOCHS}",
+        "batch, ours / theirs": f"{t.batch_size} / {PUBLISHED_BATCH}",
+        "first step size, ours / theirs": f"{t.learning_rate} / {PUBLISHED_STEP}",
+        "S": ours["samples"] if ours else job.evaluation.samples,
+        "test images": ours["n"] if ours else MISSING,
+    }
 
 
 def save(text: str, profile: str) -> None:

@@ -245,3 +245,16 @@ def test_regimes_are_told_apart_and_summed_up(project_root):
     shares = findings.noise_shares(profile, store, rows)
     assert sorted({(m, n) for m, n, _ in shares}) == [(7, 100), (100, 100)]
     assert shares[0][2] == pytest.approx(0.25)
+
+
+def test_literature_says_what_each_run_had_and_what_was_not_run(project_root):
+    (job,) = [c for c in gpvae.get_profile("burda").jobs() if c.model.importance_samples == 1]
+    row = fake_row("vae", 0, VALUES, row={"name": job.name, "epochs": 123})
+    row |= {"config": job.to_dict(), "config_hash": job.hash()}
+    store_rows("burda", [row])
+    short, long, weighted = findings.literature().to_dict("records")
+    assert (short["published"], weighted["published"]) == ("-86.76", "-84.78")
+    assert short["ours − published"] == "+89.51"  # 2.75 + 86.76
+    assert short["epochs, ours / theirs"] == "123 / 3280"
+    assert long["ours − published"] == weighted["test images"] == "missing"
+    assert long["epochs, ours / theirs"] == "1640 / 3280"
