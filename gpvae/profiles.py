@@ -437,12 +437,9 @@ WIDTHS = {
     for name, hidden in {"small": (20,), "large": (400, 400)}.items()
 }
 BERNOULLI = {"bernoulli": PROFILES["regimes"].base.override(**{"model.output": "bernoulli"})}
-# Half of the published epochs. Batches are five times the published size of 20, hence about √5
-# times its first step size.
+# Half of the published epochs.
 LONG = {
-    "long": PROFILES["burda"].base.override(
-        **{"training.epochs": 1640, "training.learning_rate": 2e-3, "training.patience": 1640}
-    )
+    "long": PROFILES["burda"].base.override(**{"training.epochs": 1640, "training.patience": 1640})
 }
 FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI, "burda": LONG}
 
