@@ -178,6 +178,7 @@ def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
     It should be correlated with the amortization gap, and more so than two scores that need no
     random function, by the differences of their correlations over seeds: -ELBO (which has an
     advantage: it is a part of the gap) and the encoder's mean posterior variance with a minus sign.
+    A score that is not itself correlated gains nothing from a rival that does worse.
     """
     evidence, wins = [], []
     for output in profile.outputs:
@@ -190,7 +191,8 @@ def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
         evidence.append(
             f"{output}: rank correlation with the amortization gap {format_interval(score, '+')}"
         )
-        wins += [score.low > 0] if score.n > 1 else []
+        marks = score.low > 0
+        wins += [marks] if score.n > 1 else []
         for name, key in RIVAL_SCORES.items():
             theirs = rank_correlations(results, ours, key)
             if len(theirs) != len(scores):
@@ -201,7 +203,7 @@ def difficulty(profile: Profile, results: Results, rows: Sequence[Row]) -> Findi
                 f"{format_interval(mean_interval(theirs), '+')}; the score's minus it "
                 f"{format_interval(difference, '+')}"
             )
-            wins += [difference.low > 0] if difference.n > 1 else []
+            wins += [marks and difference.low > 0] if difference.n > 1 else []
     return Finding(
         "3. Difficulty: the model's uncertainty marks the hard images",
         _verdict(wins),
@@ -333,26 +335,39 @@ def regimes_sentence(regimes: Mapping[str, Mapping[str, Interval]]) -> str:
     """How many settings lie above zero; what stands in several variations counts once."""
     measured = {d for found in regimes.values() for d in found.values() if d.n > 1}
     above, positive = sum(d.low > 0 for d in measured), sum(d.value > 0 for d in measured)
+    below = sum(d.high < 0 for d in measured)
     return (
         f"{len(measured)} different settings, most of them against the same runs of the VAE and so "
-        f"not independent: {above} interval{'s lie' if above != 1 else ' lies'} above zero (by "
-        f"chance about {0.025 * len(measured):.1f}), {positive} means are positive."
+        f"not independent: {above} interval{'s lie' if above != 1 else ' lies'} above zero and "
+        f"{below} below (by chance about {0.025 * len(measured):.1f} on each side), {positive} "
+        "means are positive."
     )
 
 
-def scaling_table(shares: Sequence[tuple[int, int, float]]) -> pd.DataFrame:
+def scaling_table(shares: pd.DataFrame) -> pd.DataFrame:
     """Mean Var f / E h^2 over runs: a line for each N, a column for each M; see `noise_shares`."""
-    frame = pd.DataFrame(shares, columns=["M", "N", "share"])
-    groups = frame.groupby(["N", "M"]).share.agg(["mean", "count"])
+    groups = shares.groupby(["N", "M"]).share.agg(["mean", "count"])
     text = groups.apply(lambda g: f"{g['mean']:.4f} ({g['count']:.0f} runs)", axis=1).unstack()
     table = text.fillna(MISSING).rename(columns=lambda m: f"M = {m}").reset_index()
     return table.rename(columns={"N": "training images N"})
 
 
-def noise_shares(
-    profile: Profile, results: Results, rows: Sequence[Row]
-) -> list[tuple[int, int, float]]:
-    """(M, N, mean Var f / E h^2) of every GPVAE row, for the M / N argument of notebook 01."""
+def scaling_slopes(shares: pd.DataFrame) -> dict[str, Interval]:
+    """Exponents of M and N in Var f / E h^2 ~ M^a N^b, with 95% over seeds; a = 1 and b = -1 are
+    those of M / N. Least squares in the logarithms, for each seed with enough runs.
+    """
+    fits = []
+    for _, own in shares.groupby("seed"):
+        design = np.column_stack([np.ones(len(own)), np.log(own["M"]), np.log(own["N"])])
+        if np.linalg.matrix_rank(design) == 3:
+            fits.append(np.linalg.lstsq(design, np.log(own["share"]), rcond=None)[0][1:])
+    return {name: mean_interval([fit[i] for fit in fits]) for i, name in enumerate(("M", "N"))}
+
+
+def noise_shares(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
+    """M, N, seed and share (mean Var f / E h^2 over test images) of every GPVAE row that differs
+    from the base in nothing else, for the M / N argument of notebook 01.
+    """
     known = {run.name: run for run in profile.jobs() if run.model.encoder == "gpvae"}
     plain = {"model.gp.features", "data.train_size", "model.encoder", "seed"}
     shares = []
@@ -361,8 +376,8 @@ def noise_shares(
         if run is None or not _only(profile.base, run, plain):
             continue
         share = float(np.mean(results.arrays(row)[SCORE]))
-        shares.append((run.model.gp.features, row["split"]["train"], share))
-    return shares
+        shares.append((run.model.gp.features, row["split"]["train"], run.seed, share))
+    return pd.DataFrame(shares, columns=["M", "N", "seed", "share"])
 
 
 PUBLISHED = {1: -86.76, 50: -84.78}  # nats, Burda et al. (2016), table 1, one layer, S = 5000

@@ -129,10 +129,19 @@ def _shared_legend(figure: Figure, **options: object) -> None:
 def proposal_legend(figure: Figure) -> None:
     """Below the panels: what full and open markers of a forest plot mean."""
     handles = [
-        Line2D([], [], color="0.3", marker="o", mfc=face, label=f"{word} proposal")
-        for word, face in (("own", "0.3"), ("neutral", "white"))
+        Line2D([], [], color="0.3", label=word if word == "both" else f"{word} proposal", **style)
+        for word, style in _marker_styles("0.3").items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def _marker_styles(colour: object) -> dict[str, dict[str, object]]:
+    """Markers of the three estimates of log p(x), by the names in `tables.PROPOSALS`."""
+    return {
+        "own": {"marker": "o", "mfc": colour},
+        "neutral": {"marker": "o", "mfc": "white"},
+        "both": {"marker": "D", "mfc": colour, "ms": 3},
+    }
 
 
 def density_contours(
@@ -164,10 +173,11 @@ def density_contours(
     return p
 
 
-def mark_missing(ax: Axes, y: float) -> None:
+def mark_missing(ax: Axes, y: float, text: str = MISSING) -> None:
     """Say at this height, by the left edge, that there is nothing to draw."""
     where = {"xy": (0.02, y), "xycoords": ax.get_yaxis_transform()}
-    ax.annotate(MISSING, **where, color="0.5", fontsize=6, va="center")
+    box = {"fc": "white", "ec": "none", "pad": 0.5}  # over the line at zero
+    ax.annotate(text, **where, color="0.5", fontsize=6, va="center", bbox=box, zorder=3)
 
 
 def forest(
@@ -175,7 +185,7 @@ def forest(
     intervals: Mapping[str, Interval],
     colours: Mapping[str, object] | None = None,
     shift: float = 0.0,
-    hollow: bool = False,
+    proposal: str = "own",
 ) -> None:
     """Values with intervals, one line each, the first on top; zero is marked.
 
@@ -183,8 +193,8 @@ def forest(
         ax: where to draw.
         intervals: by label; one from no observation is marked as missing.
         colours: by label.
-        shift: moves everything down by a part of a line, for two values in one line.
-        hollow: draw open markers.
+        shift: moves everything down by a part of a line, for several values in one line.
+        proposal: of the estimate that is drawn, which sets the markers.
     """
     for i, (label, interval) in enumerate(intervals.items()):
         if not interval.n:
@@ -192,7 +202,7 @@ def forest(
             continue
         colour, y = (colours or {}).get(label, "0.2"), i + shift
         ax.plot([interval.low, interval.high], [y, y], color=colour)
-        ax.plot(interval.value, y, "o", color=colour, mfc="white" if hollow else colour)
+        ax.plot(interval.value, y, color=colour, **_marker_styles(colour)[proposal])
     ax.axvline(0, color="0.5", lw=0.8, zorder=0)
     ax.set_yticks(range(len(intervals)), list(intervals))
     ax.set_ylim(len(intervals) - 0.5, -0.5)
@@ -229,6 +239,8 @@ def step_lines(ax: Axes, curves: Mapping[str, Mapping[int, Interval]]) -> None:
     shifts = np.geomspace(0.93, 1.07, len(curves))  # bars of one count side by side
     for (encoder, each), shift in zip(curves.items(), shifts, strict=True):
         label = f"{LABELS[encoder]} ({SYMBOLS.get(encoder, 'n')})"
+        if lacking := [str(count) for count, interval in each.items() if not interval.n]:
+            label += f"; {MISSING}: {', '.join(lacking)}"
         interval_line(ax, list(each), list(each.values()), encoder, shift, label)
     ax.axhline(0, color="0.5", lw=0.8)
     ax.set(xscale="log", xlabel="T, K or M")
@@ -305,7 +317,8 @@ def cost_front(
     if lacking:
         text = f"{MISSING}: {', '.join(LABELS[encoder] for encoder in lacking)}"
         where = {"xy": (0.98, 0.03), "xycoords": "axes fraction", "ha": "right"}
-        ax.annotate(text, **where, color="0.5", fontsize=6)
+        box = {"fc": "white", "ec": "none", "pad": 0.5}
+        ax.annotate(text, **where, color="0.5", fontsize=6, bbox=box, zorder=3)
     if not points:
         ax.annotate(MISSING, (0.5, 0.5), xycoords="axes fraction", color="0.5", ha="center")
         return
@@ -316,6 +329,7 @@ def cost_front(
     ax.step(x, y, where="post", color="0.6", lw=0.8, zorder=0)
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
 
@@ -335,11 +349,12 @@ def rank_lines(
         difference: critical difference, drawn as a bar from the best method's rank.
     """
     for i, (encoder, rank) in enumerate(ranks.items()):
-        ax.plot(rank, i, "o", ms=5, color=COLOURS[encoder])
-    for name, marker in zip(blocks, "sv^<>DPX*", strict=False):
+        ax.plot(rank, i, "o", ms=7, color=COLOURS[encoder])
+    shifts = np.linspace(-0.22, 0.22, len(blocks)) if len(blocks) > 1 else [0.0]
+    for name, marker, shift in zip(blocks, "sv^<>DPX*", shifts, strict=False):
         each = [blocks[name][encoder] for encoder in ranks]
-        style = {"ls": "", "ms": 3, "mfc": "none", "mew": 0.6, "color": "0.4"}
-        ax.plot(each, range(len(ranks)), marker, label=name, **style)
+        style = {"ls": "", "ms": 3.5, "mfc": "white", "mew": 0.7, "color": "0.2", "zorder": 3}
+        ax.plot(each, np.arange(len(ranks)) + shift, marker, label=name, **style)
     if difference is not None:
         first = next(iter(ranks.values()))
         ax.plot([first, first + difference], [-0.3, -0.3], color="0.2", label="critical difference")

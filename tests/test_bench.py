@@ -110,6 +110,8 @@ def test_training_and_inference_have_every_encoder(bench):
     figure = report.figure([*training, *inference])
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[:5] == ["VAE", "GPVAE", "SVI", "SA-VAE 4", "SA-VAE 8"]
+    marks = {(text.get_text(), text.xy[1]) for text in figure.axes[0].texts}
+    assert marks == {("not measured", labels.index(name)) for name in ("SA-VAE 8", "VLAE 1")}
 
 
 def test_the_compiled_variant_calls_what_was_compiled(bench, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from rows import fake_row, store_rows
 
@@ -132,6 +133,17 @@ def test_difficulty_claim(project_root, gap, verdict):
     assert sign in found.evidence[0]
 
 
+def test_an_uncorrelated_score_gains_nothing_from_a_worse_rival(project_root):
+    rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
+    gap = np.array([2.5, 2.0, 3.0, 1.0])  # order 3 2 4 1 against the score's 1 3 2 4
+    arrays = {"elbo": VALUES, "elbo_optimised": VALUES + gap, "q_var": gap}
+    store = store_rows("t", rows, **RANDOM, **arrays)
+    found = findings.difficulty(plan(), store, rows)
+    assert "amortization gap -0.80" in found.evidence[0]
+    assert "the score's minus it +0.20" in found.evidence[2]
+    assert found.verdict == FAILS
+
+
 def test_a_score_that_a_free_one_beats_holds_in_part(project_root):
     rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
     store = store_rows(
@@ -189,15 +201,31 @@ def test_a_setting_of_several_variations_counts_once():
     usual, other, less = (Interval(v, v - 1, v + 1, 3) for v in (2.0, 0.5, -3.0))
     one = Interval(9.0, np.nan, np.nan, 1)
     text = findings.regimes_sentence({"a": {"x": usual, "y": other}, "b": {"x": usual, "z": less}})
-    assert text.startswith("3 different settings") and "1 interval lies above zero" in text
+    assert (
+        text.startswith("3 different settings") and "1 interval lies above zero and 1 below" in text
+    )
     assert "2 means are positive" in text
     assert findings.regimes_sentence({"a": {"x": one}}).startswith("0 different settings")
 
 
+def test_scaling_slopes_find_the_exponents_of_each_seed():
+    runs = [
+        (m, n, seed, 0.3 * m ** (1.0 + 0.1 * seed) / n)
+        for seed in (0, 1)
+        for m in (20, 100)
+        for n in (100, 250)
+    ]
+    lone = [(20, 100, 2, 0.5)]  # decides nothing
+    shares = pd.DataFrame(runs + lone, columns=["M", "N", "seed", "share"])
+    slopes = findings.scaling_slopes(shares)
+    assert slopes["M"].value == pytest.approx(1.05) and slopes["M"].n == 2
+    assert slopes["N"].value == pytest.approx(-1.0) and slopes["N"].low == pytest.approx(-1.0)
+    assert findings.scaling_slopes(shares[:1])["M"].n == 0
+
+
 def test_scaling_table():
-    table = findings.scaling_table(
-        [(20, 100, 0.1), (20, 100, 0.3), (400, 100, 0.5), (20, 250, 1.0)]
-    )
+    runs = [(20, 100, 0, 0.1), (20, 100, 1, 0.3), (400, 100, 0, 0.5), (20, 250, 0, 1.0)]
+    table = findings.scaling_table(pd.DataFrame(runs, columns=["M", "N", "seed", "share"]))
     assert list(table.columns) == ["training images N", "M = 20", "M = 400"]
     assert table.to_numpy().tolist() == [
         [100, "0.2000 (2 runs)", "0.5000 (1 runs)"],
@@ -243,8 +271,11 @@ def test_regimes_are_told_apart_and_summed_up(project_root):
     assert noise == {"features = 100": pytest.approx(0.25), "features = 7": pytest.approx(0.25)}
     assert findings.noise(profile, store, rows, "initial-std") == {}
     shares = findings.noise_shares(profile, store, rows)
-    assert sorted({(m, n) for m, n, _ in shares}) == [(7, 100), (100, 100)]
-    assert shares[0][2] == pytest.approx(0.25)
+    assert sorted(set(shares[["M", "N"]].itertuples(index=False, name=None))) == [
+        (7, 100),
+        (100, 100),
+    ]
+    assert shares.share.tolist() == pytest.approx([0.25] * len(shares))
 
 
 def test_literature_says_what_each_run_had_and_what_was_not_run(project_root):

@@ -50,7 +50,9 @@ def test_gap_bars_stack_to_both_sides_of_zero(ax):
 
 def test_forest_marks_what_is_missing_and_draws_one_seed_without_a_bar(ax):
     one = mean_interval([0.4])
-    plots.forest(ax, {"a": known(1.0), "b": one, "c": mean_interval([])}, shift=0.2, hollow=True)
+    plots.forest(
+        ax, {"a": known(1.0), "b": one, "c": mean_interval([])}, shift=0.2, proposal="neutral"
+    )
     assert texts(ax) == ["missing"]
     heights = {float(line.get_ydata()[0]) for line in ax.lines[:-1]}
     assert heights == {0.2, 1.2}
@@ -78,7 +80,7 @@ def test_step_lines_name_their_parameter_and_keep_bars_apart(ax):
     curves = {"iaf": {1: known(0.1), 8: known(0.3)}, "me": {2: known(0.2), 5: mean_interval([])}}
     plots.step_lines(ax, curves)
     handles, labels = ax.get_legend_handles_labels()
-    assert labels == ["IAF (K)", "ME (M)"]
+    assert labels == ["IAF (K)", "ME (M); missing: 5"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "5", "8"]
     assert handles[0].lines[0].get_xdata()[0] < 1 < 2 < handles[1].lines[0].get_xdata()[0]
 
@@ -97,7 +99,9 @@ def test_saved_figures_are_equal_bit_for_bit(project_root):
 def test_ranks_show_every_block_and_a_difference_only_where_there_is_one(ax):
     ranks, blocks = {"iaf": 1.5, "vae": 2.0}, {"a": {"iaf": 1, "vae": 2}, "b": {"iaf": 2, "vae": 2}}
     plots.rank_lines(ax, ranks, blocks)
-    drawn = {line.get_label(): line.get_xdata().tolist() for line in ax.lines}
+    drawn = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
+    heights = {line.get_label(): line.get_ydata()[0] for line in ax.lines[2:]}
+    assert heights["a"] != heights["b"]  # equal ranks stay apart
     assert drawn["a"] == [1, 2] and drawn["b"] == [2, 2]
     assert "critical difference" not in drawn
     plots.rank_lines(ax, ranks, blocks, 3.0)

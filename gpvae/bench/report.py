@@ -130,26 +130,32 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Ratios to the VAE of every encoder, as medians and ranges over turns, on a log axis.
 
     Args:
-        rows: of the sections `training` and `inference`, measured ones only.
+        rows: of the sections `training` and `inference`, measured ones only; what a method lacks is
+            marked.
     """
     import matplotlib.pyplot as plt
 
     from gpvae import plots
 
     order = sorted({method(row) for row in rows}, key=rank)
-    found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.6), sharey=True)
+    found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.8), sharey=True)
     for ax, section in zip(axes, DRAWN, strict=True):
-        for row in rows:
-            if row["section"] == section:
-                whisker(ax, row, order.index(method(row)))
-        ax.set(xscale="log", xlabel=f"{section}: time relative to the VAE")
+        here = {(method(row), batch(row)): row for row in rows if row["section"] == section}
+        for line, name in enumerate(order):
+            for size in sorted({size for _, size in here}):
+                if row := here.get((name, size)):
+                    whisker(ax, row, line)
+                else:
+                    plots.mark_missing(ax, line + offset(size), "not measured")
+        ax.set(
+            xscale="log", xlabel=f"{section}: time relative to the VAE\n(median and range of turns)"
+        )
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(order)), [label(name) for name in order])
     axes[0].set_ylim(len(order) - 0.5, -0.5)
-    batches = dict.fromkeys(row["case"].partition(", ")[2] for row in rows)
-    for name in filter(None, batches):
-        axes[1].plot([], [], "o", color="0.3", mfc=fill(name, "0.3"), label=name)
+    for size in filter(None, dict.fromkeys(map(batch, rows))):
+        axes[1].plot([], [], "o", color="0.3", mfc=fill(size, "0.3"), label=size)
     if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend(loc="upper right")
     return found
@@ -159,11 +165,19 @@ def whisker(ax: Axes, row: Row, line: int) -> None:
     """Median and range of a row's ratios; latency (batch 1) above, with an open marker."""
     from gpvae import plots
 
-    batch = row["case"].partition(", ")[2]
-    y = line + (0.15 if batch not in ("", "batch 1") else -0.15 if batch else 0.0)
-    colour = plots.COLOURS[encoder(method(row))[0]]
+    y, colour = line + offset(batch(row)), plots.COLOURS[encoder(method(row))[0]]
     ax.plot([row["ratio_min"], row["ratio_max"]], [y, y], color=colour, lw=1)
-    ax.plot(row["ratio"], y, "o", color=colour, mfc=fill(batch, colour))
+    ax.plot(row["ratio"], y, "o", color=colour, mfc=fill(batch(row), colour))
+
+
+def batch(row: Row) -> str:
+    """Batch of a row, such as `batch 1000`; empty where there is only one."""
+    return row["case"].partition(", ")[2]
+
+
+def offset(size: str) -> float:
+    """Where in its line a batch is drawn."""
+    return {"": 0.0, "batch 1": -0.15}.get(size, 0.15)
 
 
 def fill(batch: str, colour: object) -> object:
