@@ -129,7 +129,7 @@ def _shared_legend(figure: Figure, **options: object) -> None:
 def proposal_legend(figure: Figure) -> None:
     """Below the panels: what full and open markers of a forest plot mean."""
     handles = [
-        Line2D([], [], color="0.3", label=word if word == "both" else f"{word} proposal", **style)
+        Line2D([], [], color="0.3", label=f"{word} proposal{'s' * (word == 'both')}", **style)
         for word, style in _marker_styles("0.3").items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
