@@ -20,7 +20,7 @@ from gpvae.analysis import SCORE, rank_correlations
 from gpvae.bench.report import place
 from gpvae.comparison import devices
 from gpvae.config import RunConfig, differences
-from gpvae.profiles import WIDTHS, Profile, get_profile
+from gpvae.profiles import FAMILIES, WIDTHS, Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval
 from gpvae.stored import rows_of
@@ -386,13 +386,15 @@ PUBLISHED_EPOCHS, PUBLISHED_BATCH, PUBLISHED_STEP = 3280, 20, 1e-3
 
 def literature() -> pd.DataFrame:
     """Our log p(x) of Burda et al.'s model beside theirs, a line for each run of `burda` and
-    `burda/long`; what was not run prints as missing.
+    of its presets; what was not run prints as missing.
 
     Raises:
         DataError: the rows are of different code or data.
     """
     found = []
-    for profile in map(get_profile, ("burda", "burda/long")):
+    for profile in map(
+        get_profile, ("burda", *(f"burda/{preset}" for preset in FAMILIES["burda"]))
+    ):
         jobs = profile.jobs()
         rows = rows_of(jobs, profile.name, stored=True, log=lambda line: None)
         named = {row["name"]: row for row in rows}

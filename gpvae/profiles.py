@@ -439,17 +439,20 @@ WIDTHS = {
     for name, hidden in {"small": (20,), "large": (400, 400)}.items()
 }
 BERNOULLI = {"bernoulli": PROFILES["regimes"].base.override(**{"model.output": "bernoulli"})}
-# Half of the published epochs.
-LONG = {
-    "long": PROFILES["burda"].base.override(**{"training.epochs": 1640, "training.patience": 1640})
+# As many epochs as k = 50 had, and half of the published ones.
+EPOCHS = {
+    name: PROFILES["burda"].base.override(
+        **{"training.epochs": epochs, "training.patience": epochs}
+    )
+    for name, epochs in {"short": 60, "long": 1640}.items()
 }
-FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI, "burda": LONG}
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI, "burda": EPOCHS}
 
 
 def get_profile(name: str) -> Profile:
     """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension,
     `regimes/small` and `regimes/large` the width of the networks, `regimes/bernoulli` the output,
-    `burda/long` the number of epochs.
+    `burda/short` and `burda/long` the number of epochs.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested.

@@ -283,9 +283,10 @@ def test_literature_says_what_each_run_had_and_what_was_not_run(project_root):
     row = fake_row("vae", 0, VALUES, row={"name": job.name, "epochs": 123})
     row |= {"config": job.to_dict(), "config_hash": job.hash()}
     store_rows("burda", [row])
-    short, long, weighted = findings.literature().to_dict("records")
+    least, short, long, weighted = findings.literature().to_dict("records")
     assert (short["published"], weighted["published"]) == ("-86.76", "-84.78")
     assert short["ours − published"] == "+89.51"  # 2.75 + 86.76
     assert short["epochs, ours / theirs"] == "123 / 3280"
     assert long["ours − published"] == weighted["test images"] == "missing"
+    assert least["epochs, ours / theirs"] == weighted["epochs, ours / theirs"] == "60 / 3280"
     assert long["epochs, ours / theirs"] == "1640 / 3280"
