@@ -204,9 +204,10 @@ def verdict(difference: Interval, above: str = "above", below: str = "below") ->
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A Markdown table of the frame's columns."""
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
-    lines += [[str(value) for value in record] for record in table.itertuples(index=False)]
+    """A Markdown table of the frame's columns; a bar in a cell is escaped."""
+    lines = [list(table.columns), ["---"] * len(table.columns)]
+    lines += [list(record) for record in table.itertuples(index=False)]
+    lines = [[str(cell).replace("|", r"\|") for cell in cells] for cells in lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 

@@ -218,6 +218,7 @@ def test_verdicts():
 def test_markdown():
     text = to_markdown(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     assert text == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |\n"
+    assert to_markdown(pd.DataFrame({"|a|": ["x"]})) == "| \\|a\\| |\n| --- |\n| x |\n"
 
 
 def test_a_note_stands_below_the_markdown_table(project_root):
