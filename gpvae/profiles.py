@@ -446,6 +446,15 @@ EPOCHS = {
     )
     for name, epochs in {"short": 60, "long": 1640}.items()
 }
+# Without the weights' KL the noise dies out: what is left is the VAE with GPVAE's larger encoder.
+PRESET_VARIATIONS = {
+    "cpu/mnist-long": {
+        "temperature": tuple(
+            {"model.encoder": "gpvae", "model.gp.features": 400, "model.gp.temperature": t}
+            for t in (1.0, 0.0)
+        )
+    }
+}
 FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI, "burda": EPOCHS}
 
 
@@ -473,7 +482,7 @@ def get_profile(name: str) -> Profile:
     outputs = (base.model.output,) if one else found.outputs
     same = base.override(**{"model.output": found.base.model.output}) == found.base
     # What was chosen on the family's first data set holds for the others, and is not chosen again.
-    variations = found.variations if same else {}
+    variations = found.variations if same else PRESET_VARIATIONS.get(name, {})
     return replace(
         found,
         name=name,
