@@ -308,6 +308,21 @@ def noise(profile: Profile, results: Results, rows: Sequence[Row], name: str) ->
     return found
 
 
+def worth_of_noise(profile: Profile, results: Results, rows: Sequence[Row]) -> Interval:
+    """GPVAE minus the same encoder without the weights' KL (temperature 0), in log p(x), own.
+
+    Without that KL the posterior of the weights shrinks to a point: the encoder has as many
+    parameters and (nearly) no noise. So this is what the doubt adds, whatever the size adds.
+    """
+    key = "model.gp.temperature"
+    settings = {changes[key]: changes for changes in profile.variations.get("temperature", ())}
+    with_noise, without = (
+        select(rows, _runs(profile, "temperature", settings[t])) if t in settings else []
+        for t in (1.0, 0.0)
+    )
+    return paired(results, with_noise, without, "log_likelihood")
+
+
 def label(changes: Mapping[str, Any]) -> str:
     """What a setting changes, such as `features = 400`; the encoder goes without saying."""
     parts = [

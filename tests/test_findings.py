@@ -278,6 +278,22 @@ def test_regimes_are_told_apart_and_summed_up(project_root):
     assert shares.share.tolist() == pytest.approx([0.25] * len(shares))
 
 
+def test_the_worth_of_the_noise_is_measured_against_the_same_encoder(project_root):
+    key = "model.gp.temperature"
+    settings = tuple({"model.encoder": "gpvae", key: t} for t in (1.0, 0.0))
+    profile = plan(variations={"temperature": settings})
+    rows = [
+        fake_row("gpvae", seed, VALUES + gain + 0.01 * seed * (t == 0), **{key: t})
+        for t, gain in ((1.0, 3.0), (0.0, 2.0))
+        for seed in range(3)
+    ]
+    store = store_rows("t", rows, **RANDOM)
+    worth = findings.worth_of_noise(profile, store, rows)
+    assert worth.value == pytest.approx(0.99) and worth.n == 3
+    assert findings.worth_of_noise(profile, store, rows[:3]).n == 0  # no run without noise
+    assert findings.worth_of_noise(plan(), store, rows).n == 0
+
+
 def test_literature_says_what_each_run_had_and_what_was_not_run(project_root):
     (job,) = [c for c in gpvae.get_profile("burda").jobs() if c.model.importance_samples == 1]
     row = fake_row("vae", 0, VALUES, row={"name": job.name, "epochs": 123})
