@@ -36,6 +36,9 @@ COLOURS = {
     "exact": (0.25, 0.25, 0.25),
 }
 GAP_COLOURS = {"approximation gap": "0.75", "amortization gap": _PALETTE[1]}
+# A small remark in a panel, readable over the lines that it covers.
+NOTE = {"color": "0.5", "fontsize": 6, "zorder": 3}
+NOTE |= {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
 POLICY_STYLES = {
     "none": {"color": "0.7", "ls": "-", "lw": 0.8},
     "uniform": {"color": _PALETTE[2], "ls": (0, (4, 1))},
@@ -176,8 +179,7 @@ def density_contours(
 def mark_missing(ax: Axes, y: float, text: str = MISSING) -> None:
     """Say at this height, by the left edge, that there is nothing to draw."""
     where = {"xy": (0.02, y), "xycoords": ax.get_yaxis_transform()}
-    box = {"fc": "white", "ec": "none", "pad": 0.5}  # over the line at zero
-    ax.annotate(text, **where, color="0.5", fontsize=6, va="center", bbox=box, zorder=3)
+    ax.annotate(text, **where, va="center", **NOTE)
 
 
 def forest(
@@ -317,8 +319,7 @@ def cost_front(
     if lacking:
         text = f"{MISSING}: {', '.join(LABELS[encoder] for encoder in lacking)}"
         where = {"xy": (0.98, 0.03), "xycoords": "axes fraction", "ha": "right"}
-        box = {"fc": "white", "ec": "none", "pad": 0.5}
-        ax.annotate(text, **where, color="0.5", fontsize=6, bbox=box, zorder=3)
+        ax.annotate(text, **where, **NOTE)
     if not points:
         ax.annotate(MISSING, (0.5, 0.5), xycoords="axes fraction", color="0.5", ha="center")
         return

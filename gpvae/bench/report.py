@@ -141,8 +141,9 @@ def figure(rows: Sequence[Row]) -> Figure:
     found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.8), sharey=True)
     for ax, section in zip(axes, DRAWN, strict=True):
         here = {(method(row), batch(row)): row for row in rows if row["section"] == section}
+        sizes = sorted({size for _, size in here})
         for line, name in enumerate(order):
-            for size in sorted({size for _, size in here}):
+            for size in sizes:
                 if row := here.get((name, size)):
                     whisker(ax, row, line)
                 else:
@@ -180,9 +181,9 @@ def offset(size: str) -> float:
     return {"": 0.0, "batch 1": -0.15}.get(size, 0.15)
 
 
-def fill(batch: str, colour: object) -> object:
+def fill(size: str, colour: object) -> object:
     """Colour of a marker's face."""
-    return "white" if batch == "batch 1" else colour
+    return "white" if size == "batch 1" else colour
 
 
 def method(row: Row) -> str:
