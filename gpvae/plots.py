@@ -368,6 +368,8 @@ def rank_lines(
 def log_ticks(axis: Axis) -> None:
     """Number a logarithmic axis, after drawing, so that there are two to five numbers."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 3) if high > 10 * low else (1, 2, 5)))
+    powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
+    subs = (1,) if powers > 1 else (1, 3) if high > 10 * low else (1, 2, 5)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
     axis.set_minor_formatter("")

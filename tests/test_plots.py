@@ -108,7 +108,7 @@ def test_ranks_show_every_block_and_a_difference_only_where_there_is_one(ax):
     assert ax.lines[-1].get_xdata().tolist() == [1.5, 4.5]
 
 
-@pytest.mark.parametrize(("high", "count"), [(8e-3, 2), (2e-2, 2), (9e-2, 3)])
+@pytest.mark.parametrize(("high", "count"), [(8e-3, 2), (2e-2, 2), (9e-2, 3), (2e-1, 2)])
 def test_a_short_logarithmic_axis_has_a_few_numbers(ax, high, count):
     ax.set(xscale="log", xlim=(1.2e-3, high))
     plots.log_ticks(ax.xaxis)
