@@ -97,12 +97,20 @@ def decompositions(
     }
 
 
-def gap_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per output and method: log p(x), ELBO and the three gaps."""
+def gap_table(
+    profile: Profile, gaps: Mapping[str, Mapping[str, Decomposition]], rows: Sequence[Row]
+) -> pd.DataFrame:
+    """One line per output and method: log p(x), ELBO and the three gaps, in nats per image.
+
+    Args:
+        profile: whose methods.
+        gaps: see `decompositions`.
+        rows: which they are of.
+    """
     lines = []
     for output in profile.outputs:
         for encoder, found in by_encoder(profile, output, rows).items():
-            d = decomposition(results, found)
+            d = gaps[output][encoder]
             count = f"{d.unconverged} of {d.images}" if d.images else MISSING
             lines.append(
                 {
@@ -151,6 +159,18 @@ def rank_correlations(
     """Spearman's correlation over images of a score with a gap, for each row that has both."""
     images = [per_image(results, row) for row in rows]
     return [spearman(a[score], a[gap]) for a in images if score in a and gap in a]
+
+
+def noise_share(results: Results, rows: Sequence[Row]) -> float:
+    """Part of the amortization gap's variance over images that is Monte Carlo noise of the two
+    bounds, averaged over rows; NaN without any that has gaps.
+    """
+    shares = []
+    for a in (per_image(results, row) for row in rows):
+        if "amortization_gap" in a:
+            noise = a["elbo_stderr"] ** 2 + a["elbo_optimised_stderr"] ** 2
+            shares.append(noise.mean() / a["amortization_gap"].var())
+    return mean_interval(shares).value
 
 
 class Refinement:
@@ -308,11 +328,12 @@ def calibration_table(profile: Profile, results: Results, rows: Sequence[Row]) -
         images = [a for a in images if "amortization_gap" in a]
         ratios = [a["amortization_gap"].mean() / (2 * a["expected_gap"].mean()) for a in images]
         steps = np.diff([gap.value for gap in calibration(results, own)[1]])
+        ratio = format_interval(mean_interval(ratios), digits=0)
         lines.append(
             {
                 "output": output,
                 "seeds": format_seeds([row for row in own if "log_px" in row], profile.seeds),
-                "observed / expected gap": format_interval(mean_interval(ratios), digits=0),
+                "observed gap / (2 × expected gap)": ratio,
                 "deciles over which it rises": (
                     f"{int((steps > 0).sum())} of {len(steps)}" if images else MISSING
                 ),

@@ -331,10 +331,10 @@ class RunConfig:
             f"-{model.method}{candidate}-s{self.seed}"
         )
 
-    def override(self, **values: Any) -> RunConfig:
-        """A changed copy; nested keys are dotted: `override(**{"model.gp.features": 50})`."""
+    def override(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> RunConfig:
+        """A changed copy; nested keys are dotted: `override({"model.gp.features": 50}, seed=1)`."""
         tree = asdict(self)
-        for key, value in values.items():
+        for key, value in {**(values or {}), **more}.items():
             _set(tree, key, value)
         return from_dict(RunConfig, tree)
 
@@ -404,7 +404,7 @@ def _convert(default: Any, value: Any, key: str) -> Any:
             return value
         return from_dict(type(default), value, key + ".")
     if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuple(value)
+        return tuple(_convert(default[0], each, f"{key}[{i}]") for i, each in enumerate(value))
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if default is None:
@@ -453,12 +453,14 @@ def _check(config: RunConfig) -> None:
         "evaluation.samples": e.samples,
         "evaluation.elbo_samples": e.elbo_samples,
     }
+    sizes = {name: getattr(config.data, name) for name in ("train_size", "valid_size", "test_size")}
+    positive |= {f"data.{name}": size for name, size in sizes.items() if size is not None}
     positive["model.levels - 1"] = m.levels - 1
     for name in ("hidden", "channels"):
         widths = enumerate(getattr(m, name))
         positive |= {f"model.{name}[{i}]": width for i, width in widths}
     for key, value in positive.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{key} is {value}; expected a positive number.")
     if m.network == "conv" and not m.channels:
         raise ConfigError("model.network is 'conv', but model.channels is empty.")

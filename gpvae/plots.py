@@ -18,6 +18,7 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from gpvae import events, paths
 from gpvae.analysis import POLICIES, SYMBOLS, Decomposition, Refinement
+from gpvae.regimes import Setting
 from gpvae.stats import Interval
 from gpvae.tables import LABELS, MISSING
 
@@ -211,6 +212,32 @@ def forest(
     ax.grid(axis="y", visible=False)
 
 
+def regime_panels(regimes: Mapping[str, Sequence[Setting]]) -> Figure:
+    """A panel for each option: GPVAE - VAE in log p(x) for each of its settings, with intervals."""
+    columns = min(3, len(regimes))
+    lines = -(-len(regimes) // columns)
+    size = (max(COLUMN, TEXT * columns / 3), 1.8 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharex=True)
+    for ax, (name, settings) in zip(axes.flat, regimes.items(), strict=False):
+        shown = {_brief(name, setting): setting.difference for setting in settings}
+        forest(ax, shown, {label: COLOURS["gpvae"] for label in shown})
+        ax.set(title=name.replace("-", " "), xlabel="log p(x), GPVAE − VAE (nats)")
+        ax.tick_params(labelbottom=True)
+    for ax in axes.flat[len(regimes) :]:
+        ax.remove()
+    return figure
+
+
+def _brief(name: str, setting: Setting) -> str:
+    """A setting's label without the name of what the panel is about."""
+    parts = setting.label.split(", ")
+    main = [part for part in parts if part.startswith(name.replace("-", "_"))] or parts[:1]
+    rest = [part for part in parts if part not in main]
+    rest = [part.replace("temperature", "τ").removeprefix("bound = ") for part in rest]
+    text = ", ".join([part.split(" = ", 1)[1] for part in main] + rest)
+    return text + " (control)" * setting.is_control
+
+
 def interval_line(
     ax: Axes,
     x: Sequence[float],
@@ -341,7 +368,7 @@ def rank_lines(
     blocks: Mapping[str, Mapping[str, float]],
     difference: float | None = None,
 ) -> None:
-    """Mean ranks, the best on top, with the rank in each block.
+    """Mean ranks (filled), the best on top, with the rank in each block.
 
     Args:
         ax: where to draw.
@@ -361,7 +388,6 @@ def rank_lines(
         ax.plot([first, first + difference], [-0.3, -0.3], color="0.2", label="critical difference")
     ax.set_yticks(range(len(ranks)), [LABELS[encoder] for encoder in ranks])
     ax.set_ylim(len(ranks) - 0.5, -0.5)
-    ax.set_xlabel("rank by log p(x) (1 is best); filled: mean")
     ax.grid(axis="y", visible=False)
 
 

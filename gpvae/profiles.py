@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from gpvae.config import METHODS, RunConfig
+from gpvae.config import METHODS, RunConfig, differences
 from gpvae.errors import ConfigError, unknown
 
 
@@ -66,18 +66,21 @@ class Profile:
         ]
 
     def variation(self, name: str) -> list[RunConfig]:
-        """The runs of one entry of `variations`, each once, seeds innermost.
+        """The runs of one entry of `variations`, each once, seeds innermost."""
+        runs = [run for changes in self.variations[name] for run in self.setting(name, changes)]
+        return list(dict.fromkeys(runs))
+
+    def setting(self, name: str, changes: Mapping[str, Any]) -> list[RunConfig]:
+        """The runs of one setting of a variation, one for each seed unless it names its own.
 
         They start from the settings of their encoder, except for those that chose the settings,
         whose names begin with `tuning`.
         """
+        changes = {"model.output": self.outputs[0], **changes}
+        encoder = changes.get("model.encoder", self.base.model.encoder)
         chosen = {} if name.startswith("tuning") else self.settings
-        runs = []
-        for changes in self.variations[name]:
-            changes = {"model.output": self.outputs[0], **changes}
-            encoder = changes.get("model.encoder", self.base.model.encoder)
-            changes = {**chosen.get((encoder, changes["model.output"]), {}), **changes}
-            runs += [self.base.override(**{"seed": seed, **changes}) for seed in self.seeds]
+        changes = {**chosen.get((encoder, changes["model.output"]), {}), **changes}
+        runs = [self.base.override(**{"seed": seed, **changes}) for seed in self.seeds]
         return list(dict.fromkeys(runs))
 
     def size_runs(self) -> list[RunConfig]:
@@ -91,10 +94,24 @@ class Profile:
         ]
 
     def jobs(self) -> list[RunConfig]:
-        """Every run of the profile, each once."""
+        """Every run of the profile, each once.
+
+        Raises:
+            ConfigError: two runs that differ in something which their names do not tell.
+        """
         jobs = [*self.runs(), *self.size_runs()]
         jobs += [run for name in self.variations for run in self.variation(name)]
-        return list({job.name: job for job in reversed(jobs)}.values())[::-1]
+        by_name: dict[str, RunConfig] = {}
+        for job in jobs:
+            first = by_name.setdefault(job.name, job)
+            # The training-size curve and the table share runs, of which only the table needs gaps.
+            changed = [] if first == job else differences(first.to_dict(), job.to_dict())
+            if any(not line.startswith("evaluation.gaps:") for line in changed):
+                raise ConfigError(
+                    f"two runs of the profile {self.name} are called {job.name} and differ: "
+                    f"{'; '.join(changed)}. Give one of them a profile of its own."
+                )
+        return list(by_name.values())
 
 
 def _paper_presets() -> dict[str, RunConfig]:

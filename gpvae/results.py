@@ -47,6 +47,7 @@ NOT_NUMERICAL = {
     "plots",
     "processes",
     "profiles",
+    "regimes",
     "reproduce",
     "results",
     "stats",

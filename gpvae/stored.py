@@ -47,6 +47,18 @@ def rows_of(
     """
     if not stored:
         return run_all(configs, profile, fresh_since, workers, log)
+    rows = find_rows(configs, profile, log)
+    for row in rows:
+        events.record(profile, "row", row["name"], "reused")
+    return rows
+
+
+def find_rows(
+    configs: Sequence[RunConfig], profile: str, log: Log = lambda line: None
+) -> list[Row]:
+    """The stored rows of exactly these configurations, whatever code made them; `log` is told what
+    failed, what is missing and whether other code made them.
+    """
     known = _newest(profile)
     found = {config.name: known.get(config.hash()) for config in configs}
     rows = [row for row in found.values() if row]
@@ -62,8 +74,6 @@ def rows_of(
     codes = sorted({row["code_hash"] for row in rows} - {code_hash()})
     if codes:
         log(f"stored rows were made by code {', '.join(codes)}; the present code is {code_hash()}")
-    for row in rows:
-        events.record(profile, "row", row["name"], "reused")
     return rows
 
 
@@ -71,9 +81,10 @@ def failures_of(configs: Sequence[RunConfig], profile: str) -> list[Failure]:
     """How those of these runs failed that have no row, here or where the figures were made; one
     whose row has an estimate that is no finite number failed, too.
     """
-    known, failures = _newest(profile), read_failures(profile, committed=True)
+    known = _newest(profile)
+    failures = {f.config_hash: f for f in read_failures(profile, committed=True).values()}
     failures |= {
-        row["name"]: Failure(
+        _hash(row): Failure(
             row["name"],
             row["key"],
             _hash(row),
@@ -84,8 +95,8 @@ def failures_of(configs: Sequence[RunConfig], profile: str) -> list[Failure]:
         for row in Results(profile).everything()
         if (wrong := not_finite(row))
     }
-    pairs = [(config.hash(), failures.get(config.name)) for config in configs]
-    return [f for key, f in pairs if f and f.config_hash == key and key not in known]
+    hashes = [config.hash() for config in configs]
+    return [failures[key] for key in hashes if key in failures and key not in known]
 
 
 def keep_evidence(plan: Profile) -> int:
@@ -93,7 +104,7 @@ def keep_evidence(plan: Profile) -> int:
     runs, and the failures of those that have none; returns the number of rows.
     """
     runs, path = plan.jobs(), committed_failures_path(plan.name)
-    rows = rows_of(runs, plan.name, stored=True, log=lambda line: None)
+    rows = find_rows(runs, plan.name)
     failures = [replace(f, traceback="") for f in failures_of(runs, plan.name)]
     tables.save_rows(rows, plan.name)
     path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -71,11 +72,18 @@ def _data_identity(row: Row) -> str:
 
 def paired(results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str) -> Interval:
     """Interval of a - b for a per-image quantity, over the seeds in which both have it."""
+    pairs = _pairs(results, a, b, quantity)
+    return paired_interval([left for left, _ in pairs], [right for _, right in pairs])
+
+
+def _pairs(
+    results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Values [N] of both, for each seed in which both have the quantity."""
     left, right = (
         {r["seed"]: results.arrays(r)[quantity] for r in rows if quantity in r} for rows in (a, b)
     )
-    common = sorted(left.keys() & right.keys())
-    return paired_interval([left[seed] for seed in common], [right[seed] for seed in common])
+    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
 def mean_of(rows: Sequence[Row], quantity: str, minus: str | None = None) -> Interval:
@@ -103,36 +111,29 @@ QUANTITIES = {
 PROPOSALS = {"own": "log_likelihood", "neutral": "log_likelihood_neutral", "both": "log_px"}
 
 
-def benchmark_table(
-    profile: Profile, results: Results, rows: Sequence[Row], baseline: str = "vae"
-) -> pd.DataFrame:
+def benchmark_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
     """One line per output distribution and method: bounds, paired differences, gap and size.
 
     Likelihoods are in nats per test image, as mean [95% interval over seeds]; differences are
-    paired by seed and image. The best other method is that with the highest mean.
+    paired by seed and image. The best other method is that with the lowest difference to it.
     """
     check_one_version(rows)
     lines = []
     for output in profile.outputs:
         methods = by_encoder(profile, output, rows)
-        base, ranks = methods[baseline], mean_ranks(methods, profile.seeds)
+        ranks = mean_ranks(methods, profile.seeds)
         for encoder, own in methods.items():
             line = {"output": output, "method": LABELS.get(encoder, encoder)}
             line["seeds"] = format_seeds(own, profile.seeds)
             for label, key in QUANTITIES.items():
                 line[label] = format_interval(mean_of(own, key))
             for label, key in PROPOSALS.items():
-                difference = format_interval(paired(results, own, base, key), "+")
-                reference = encoder == baseline and own
-                column = f"difference to {LABELS[baseline]}, {label}"
-                line[column] = "-" if reference else difference
-            best = best_other(methods, encoder)
-            text = format_interval(
-                paired(results, own, methods.get(best, []), "log_likelihood"), "+"
-            )
-            known = own and best
+                difference = format_interval(paired(results, own, methods["vae"], key), "+")
+                reference = encoder == "vae" and own
+                line[f"difference to {LABELS['vae']}, {label}"] = "-" if reference else difference
+            best, difference = least_difference(results, methods, encoder, "log_likelihood")
             line["difference to the best other, own"] = (
-                f"{LABELS.get(best, best)}: {text}" if known else MISSING
+                f"{LABELS[best]}: {format_interval(difference, '+')}" if best else MISSING
             )
             gap = mean_of(own, "elbo_optimised", minus="elbo")
             line["amortization gap"] = format_interval(gap)
@@ -142,29 +143,59 @@ def benchmark_table(
     return pd.DataFrame(lines)
 
 
-def best_other(methods: Mapping[str, Sequence[Row]], encoder: str) -> str:
-    """The method with the highest mean log p(x), own proposal, beside this one; "" for none."""
-    means = {
-        name: mean_of(rows, "log_likelihood").value
-        for name, rows in methods.items()
-        if rows and name != encoder
+def differences(
+    results: Results, methods: Mapping[str, Sequence[Row]], encoder: str, quantity: str
+) -> dict[str, Interval]:
+    """One method minus each other one that shares a seed with it, paired by seed and image."""
+    found = {
+        other: paired(results, methods[encoder], rows, quantity)
+        for other, rows in methods.items()
+        if other != encoder
     }
-    return max(means, key=means.__getitem__, default="")
+    return {other: difference for other, difference in found.items() if difference.n}
 
 
-def mean_ranks(
-    methods: Mapping[str, Sequence[Row]], seeds: Sequence[int], quantity: str = "log_likelihood"
-) -> dict[str, str]:
-    """Mean rank over the seeds of each method that has a row for all of them; 1 is best."""
+def least_difference(
+    results: Results, methods: Mapping[str, Sequence[Row]], encoder: str, quantity: str
+) -> tuple[str, Interval]:
+    """The method that this one exceeds least, and by how much; "" if there is none.
+
+    One that shares a single seed counts only if all do.
+    """
+    found = differences(results, methods, encoder, quantity)
+    sure = {other: d for other, d in found.items() if d.n > 1} or found
+    if not sure:
+        return "", mean_interval([])
+    return min(sure.items(), key=lambda item: item[1].value)
+
+
+def image_error(
+    results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str = "log_likelihood"
+) -> float:
+    """Standard error over images of the paired difference a - b, averaged over the seeds of both:
+    how well these test images stand for others. NaN without a common seed.
+    """
+    pairs = _pairs(results, a, b, quantity)
+    if not pairs:
+        return math.nan
+    difference = np.mean([left - right for left, right in pairs], axis=0)
+    return float(difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+def mean_ranks(methods: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> dict[str, str]:
+    """Mean rank by log p(x), own proposal, over seeds, such as `1.4 of 9`; 1 is best. Only methods
+    with a row for every seed are ranked: `of` says how many they are.
+    """
     values = {
-        name: {row["seed"]: row[quantity]["mean"] for row in rows} for name, rows in methods.items()
+        name: {row["seed"]: row["log_likelihood"]["mean"] for row in rows}
+        for name, rows in methods.items()
     }
     complete = {name: each for name, each in values.items() if each.keys() >= set(seeds)}
     if not complete:
         return {}
     table = -np.array([[each[seed] for seed in seeds] for each in complete.values()])
     ranks = stats.rankdata(table, axis=0).mean(1)
-    return {name: f"{rank:.1f}" for name, rank in zip(complete, ranks, strict=True)}
+    return {n: f"{rank:.1f} of {len(ranks)}" for n, rank in zip(complete, ranks, strict=True)}
 
 
 def format_seeds(rows: Sequence[Row], seeds: Sequence[int]) -> str:

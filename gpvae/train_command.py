@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `gpvae train` and return its exit code."""
     import time
 
+    from gpvae.errors import ConfigError
     from gpvae.experiment import run as run_config
     from gpvae.profiles import get_profile
     from gpvae.results import Results
@@ -63,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     values = {key: value for key, value in named.items() if value is not None}
-    config = get_profile(args.profile).base.override(**values, **dict(args.values))
+    for key, value in args.values:
+        if values.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given as {values[key]!r} and as {value!r}; give one.")
+    config = get_profile(args.profile).base.override(values)
     print(f"{config.name} (configuration {config.hash()})", flush=True)
     row = run_config(config, STORE, time.time() if args.force else 0.0, log=_say)
     print(
@@ -71,13 +75,14 @@ def run(args: argparse.Namespace) -> int:
         f"of {row['epochs']}, {row['seconds']['train']:.1f} s of training on {row['device']}"
     )
     for label, key in (
-        ("test ELBO", "elbo"),
-        ("test log p(x), own proposal", "log_likelihood"),
-        ("test log p(x), neutral proposal", "log_likelihood_neutral"),
+        ("ELBO", "elbo"),
+        ("log p(x), own proposal", "log_likelihood"),
+        ("log p(x), neutral proposal", "log_likelihood_neutral"),
     ):
         if key in row:
             e = row[key]
-            print(f"{label}: {e['mean']:.2f} ± {e['stderr']:.2f} nats (S = {e['samples']})")
+            value = f"{e['mean']:.2f} ± {e['stderr']:.2f} nats (S = {e['samples']})"
+            print(f"{config.evaluation.part} {label}: {value}")
     print(f"row: {Results(STORE).path}")
     return 0
 

@@ -15,6 +15,7 @@ from gpvae.analysis import (
     decomposition,
     decompositions,
     gap_table,
+    noise_share,
     per_image,
     rank_correlations,
     refinement_table,
@@ -51,8 +52,8 @@ def test_gaps_add_up_and_may_be_negative(project_root, plan):
         fake_row("iaf", 0, [1.0, 2.0], row=better),
     ]
     store = store_rows("t", rows)
-    gaps = decompositions(plan, store, rows)["gaussian"]
-    vae, iaf = gaps["vae"], gaps["iaf"]
+    gaps = decompositions(plan, store, rows)
+    vae, iaf = gaps["gaussian"]["vae"], gaps["gaussian"]["iaf"]
     assert vae.log_px.value == pytest.approx(2.35) and vae.elbo.value == pytest.approx(1.75)
     assert vae.approximation.value == pytest.approx(0.3)
     assert vae.amortization.value == pytest.approx(0.3)
@@ -60,7 +61,7 @@ def test_gaps_add_up_and_may_be_negative(project_root, plan):
     assert (vae.unconverged, vae.images) == (2, 4)
     assert iaf.amortization.value == pytest.approx(-0.15)
     assert iaf.inference.value == pytest.approx(iaf.approximation.value - 0.15)
-    table = gap_table(plan, store, rows).set_index("method")
+    table = gap_table(plan, gaps, rows).set_index("method")
     assert table.loc["VAE", "inference gap"] == "0.60 [0.60, 0.60]"
     assert table.loc["IAF", "amortization gap"] == "-0.15 (one seed)"
     assert list(table.seeds) == ["2 of 2", "1 of 2 (missing: 1)"]
@@ -71,8 +72,19 @@ def test_rows_without_gaps_are_missing_not_zero(project_root, plan):
     row = {k: v for k, v in fake_row("vae", 0, [1.0]).items() if k != "log_px"}
     store = store_rows("t", [row])
     assert decomposition(store, [row]).images == 0
-    table = gap_table(plan, store, [row]).set_index("method")
+    table = gap_table(plan, decompositions(plan, store, [row]), [row]).set_index("method")
     assert (table.drop(columns=["output", "seeds"]) == "missing").all(axis=None)
+
+
+def test_noise_share_of_a_gap_that_is_noise_is_one(project_root):
+    rng = np.random.default_rng(0)
+    rows = [fake_row("gpvae", s, np.zeros(40_000)) for s in (0, 1)]
+    gap = rng.normal(scale=5.0, size=40_000)
+    same, none = np.full(40_000, 3.0), np.full(40_000, 4.0)
+    bounds = {"elbo": np.zeros(40_000), "elbo_optimised": gap}
+    store = store_rows("t", rows, **bounds, elbo_stderr=same, elbo_optimised_stderr=none)
+    assert noise_share(store, rows) == pytest.approx(1.0, abs=0.03)
+    assert np.isnan(noise_share(store, []))
 
 
 def refined(seed, score, count=4):
@@ -171,7 +183,7 @@ def test_calibration_table(project_root):
     arrays = {"elbo": np.zeros(4), "elbo_optimised": np.array([8.0, 16.0, 24.0, 32.0])}
     store = store_rows("t", rows, **arrays, expected_gap=np.array([0.1, 0.2, 0.3, 0.4]))
     gaussian, bernoulli = calibration_table(plan, store, rows).to_dict("records")
-    assert gaussian["observed / expected gap"] == "40 [40, 40]"
+    assert gaussian["observed gap / (2 × expected gap)"] == "40 [40, 40]"
     assert gaussian["seeds"] == "2 of 3 (missing: 2)"
     assert set(bernoulli.values()) == {"bernoulli", "missing"}
 

@@ -19,9 +19,12 @@ from gpvae.tables import (
     benchmark_table,
     by_encoder,
     check_one_version,
+    differences,
     format_interval,
     format_range,
     format_seeds,
+    image_error,
+    least_difference,
     mean_of,
     mean_ranks,
     paired,
@@ -114,7 +117,7 @@ def test_benchmark_table_from_known_rows(stored):
     assert list(best) == ["GPVAE: -0.50 [-0.50, -0.50]", "VAE: +0.50 [+0.50, +0.50]"]
     assert table.loc["VAE", "log p(x), own proposal"].startswith("1.50 [")
     assert table.loc["GPVAE", "amortization gap"] == "0.30 [0.30, 0.30]"
-    assert list(table["rank"]) == ["2.0", "1.0"]
+    assert list(table["rank"]) == ["2.0 of 2", "1.0 of 2"]
     assert list(table.epochs) == ["70", "60 to 80"]
     assert list(table.parameters) == ["10", "10"]
 
@@ -155,6 +158,34 @@ def test_pairs_are_made_of_seeds_that_both_have_measured(stored):
     assert mean_of(ours, "log_likelihood", minus="elbo").value == pytest.approx(0.5)
 
 
+def test_the_best_rival_is_the_closest_over_common_seeds(project_root):
+    """IAF's only seed is a lucky one of the data; HF's mean is the highest of those compared."""
+    values = np.array([1.0, 3.0])
+    found = {
+        "gpvae": [fake_row("gpvae", seed, values + 10 * seed) for seed in (0, 1, 2)],
+        "hf": [fake_row("hf", seed, values + 10 * seed - 1) for seed in (0, 1, 2)],
+        "me": [fake_row("me", seed, values + 10 * seed - 2) for seed in (1, 2)],
+        "iaf": [fake_row("iaf", 2, values + 20 + 5)],
+        "svi": [],
+    }
+    store = store_rows("t", [row for rows in found.values() for row in rows])
+    best, least = least_difference(store, found, "gpvae", "log_likelihood")
+    assert (best, least.n) == ("hf", 3) and least.value == pytest.approx(1.0)
+    assert set(differences(store, found, "gpvae", "log_likelihood")) == {"hf", "me", "iaf"}
+    lone = {"gpvae": found["gpvae"], "iaf": found["iaf"]}
+    assert least_difference(store, lone, "gpvae", "log_likelihood")[0] == "iaf"
+    assert least_difference(store, {"gpvae": []}, "gpvae", "log_likelihood")[0] == ""
+
+
+def test_error_over_images_of_a_difference(project_root):
+    """Images differ by 1 and 3 nats in the mean over seeds: std sqrt(2), of two images."""
+    a = [fake_row("gpvae", seed, np.array([1.0, 3.0]) + seed) for seed in (0, 1)]
+    b = [fake_row("vae", seed, np.array([0.0, 0.0]) + seed) for seed in (1, 0)]
+    store = store_rows("t", a + b)
+    assert image_error(store, a, b) == pytest.approx(1.0)
+    assert np.isnan(image_error(store, a[:1], b[:1]))
+
+
 def test_mean_ranks_are_those_of_the_methods_with_every_seed():
     rows = {
         "a": [fake_row("vae", seed, [value]) for seed, value in ((0, 1.0), (1, 5.0), (2, 9.0))],
@@ -163,8 +194,9 @@ def test_mean_ranks_are_those_of_the_methods_with_every_seed():
         "d": [],
         "e": [fake_row("vae", 1, [9.0])],
     }
-    assert mean_ranks(rows, (0, 1)) == {"a": "2.0", "b": "1.8", "c": "2.2"}  # a tie shares ranks
-    assert mean_ranks(rows, (2,)) == {"a": "1.0"}
+    expected = {"a": "2.0 of 3", "b": "1.8 of 3", "c": "2.2 of 3"}  # a tie shares ranks
+    assert mean_ranks(rows, (0, 1)) == expected
+    assert mean_ranks(rows, (2,)) == {"a": "1.0 of 1"}
     assert mean_ranks(rows, (0, 1, 2, 3)) == {}
 
 

@@ -61,7 +61,7 @@ def variants(bench: Bench) -> Iterator[Row]:
         cases["default, torch.compile"] = compiled(bench)
     yield from compare(bench, "variants", cases, NAIVE, bench.steps)
     for name, reason in {
-        "default, threads 2": "one core",
+        "default, threads 2": "the default has two" if bench.threads == 2 else "one core",
         "default, torch.compile": "no C++ compiler" if bench.compile else "asked for by --compile",
     }.items():
         if name not in cases:

@@ -67,9 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
     from gpvae.bench import report
     from gpvae.bench.measure import Bench, facts
+    from gpvae.errors import ConfigError
     from gpvae.experiment import cpu_threads
     from gpvae.training import pick_device
 
+    if args.quick and args.save:
+        raise ConfigError("--quick measures nothing that is worth keeping: leave out --save.")
     repeats = args.repeats or (2 if args.quick else 15)
     device = pick_device(args.device)
     bench = Bench(device, args.threads, repeats, quick=args.quick, compile=args.compile)
