@@ -101,6 +101,10 @@ def test_unknown_key_in_a_stored_configuration():
         ("model.latent_dim", 0, "positive"),
         ("training.batch_size", -3, "positive"),
         ("model.hidden", (10, 0), r"model.hidden\[1\]"),
+        ("model.hidden", ("a",), r"model.hidden\[0\] is 'a' \(str\); expected int"),
+        ("model.channels", (8, 20.5), r"model.channels\[1\] is 20.5 \(float\); expected int"),
+        ("data.test_size", -5, "data.test_size is -5; expected a positive number"),
+        ("training.learning_rate", float("inf"), "positive number"),
         ("model.gp.temperature", -1.0, "0 or more"),
         ("model.output", "gausian", "Did you mean 'gaussian'"),
         ("model.gp.covariance", "lowrank", "Did you mean 'low-rank'"),
@@ -110,6 +114,17 @@ def test_unknown_key_in_a_stored_configuration():
 def test_impossible_values_are_refused(key, value, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig().override(**{key: value})
+
+
+def test_runs_of_one_name_that_differ_are_refused():
+    """Widths are not in a run's name, so they cannot share a profile."""
+    widths = tuple({"model.encoder": "vae", "model.hidden": (width,)} for width in (5, 7))
+    profile = gpvae.Profile("t", RunConfig(), seeds=(0,), variations={"width": widths})
+    with pytest.raises(ConfigError, match=r"d10-nall-vae-s0 and differ: model\.hidden"):
+        profile.jobs()
+    gaps = ({"model.encoder": "vae", "evaluation.gaps": False},)
+    profile = gpvae.Profile("t", RunConfig(), seeds=(0,), variations={"gaps": gaps})
+    assert len(profile.jobs()) == 4 and all(job.evaluation.gaps for job in profile.jobs())
 
 
 def test_unknown_profile():

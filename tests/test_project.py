@@ -86,13 +86,18 @@ def test_readme_example_runs_and_names_exist():
             target = getattr(target, part)
 
 
-def test_every_number_in_the_results_stands_in_a_committed_table():
+def test_every_interval_in_the_results_stands_in_a_table_that_its_part_links():
+    """Parts end at headings; a number with its sign has to be a whole cell or word of a table."""
     section = README.split("## Do the claims hold?")[1].split("## Speed")[0]
-    quoted = re.findall(r"[+−-]?\d+\.\d+ \[[^\]]+\]", section)
-    tables = "".join(path.read_text("utf-8") for path in sorted((ROOT / "figures").rglob("*.md")))
-    assert len(quoted) >= 40
-    for text in quoted:
-        assert text in tables, text
+    count = 0
+    for part in re.split(r"^#+ ", section, flags=re.M):
+        links = re.findall(r"\]\((figures/[^)]+)\.(?:md|png)\)", part)
+        paths_ = [ROOT / f"{link}.md" for link in links]
+        tables = "\n".join(path.read_text("utf-8") for path in paths_ if path.exists())
+        for text in re.findall(r"[+−-]?\d+(?:\.\d+)? \[[^\]a-z(]+\]", part):
+            assert re.search(rf"(?<![\w.+-]){re.escape(text)}", tables), (part[:40], text)
+            count += 1
+    assert count >= 80
 
 
 @pytest.mark.parametrize("name", ["cpu/mnist", "rivals"])
@@ -104,7 +109,8 @@ def test_settings_are_what_the_committed_search_chose(name):
     for line in lines:
         settings = plan.settings.get((encoders[line["method"]], line["output"]), {})
         expected = ", ".join(f"{key.split('.', 1)[1]} = {v}" for key, v in settings.items())
-        assert line["chosen"] in (expected or "as it was", MISSING), line
+        unsearched = (name, line["method"]) == ("rivals", "VLAE")  # too slow there
+        assert line["chosen"] == (MISSING if unsearched else expected or "as it was"), line
 
 
 def test_readme_names_every_command_that_exists():
@@ -163,6 +169,8 @@ def test_train_command_prints_and_stores(project_root):
     ("arguments", "message"),
     [
         (["--encoder", "gpvea"], "Did you mean 'gpvae'"),
+        (["--encoder", "gpvae", "--set", "model.encoder=vae"], "as 'gpvae' and as 'vae'"),
+        (["--set", "self=1"], "unknown configuration key"),
         (["--dataset", "digit"], "Did you mean 'digits'"),
         (["--set", "model.latent=3"], "Did you mean 'model.latent_dim'"),
         (["--set", "training.epochs=many"], "expected int"),

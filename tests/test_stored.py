@@ -51,6 +51,15 @@ def test_computes_what_is_missing_unless_told_otherwise(project_root, config, li
     assert row == Results("t").find(config.name) and len(lines) == 1
 
 
+def test_keeping_the_evidence_does_not_say_that_it_was_reused(project_root, config, lines):
+    plan = gpvae.Profile(
+        "t", config, encoders=("vae",), seeds=(config.seed,), outputs=("gaussian",)
+    )
+    rows_of(plan.runs(), "t", workers=1, log=lines.append)
+    assert stored.keep_evidence(plan) == 1
+    assert [e.status for e in read("t")[0] if e.kind == "row"] == ["made"]
+
+
 def test_missing_runs_are_named_and_code_that_differs_is_said(project_root, lines, nothing_trains):
     rows = [fake_row("vae", seed, [1.0, 2.0]) for seed in range(2)]
     store_rows("t", rows)
