@@ -79,7 +79,7 @@ def run_folder(config: RunConfig, profile: str, data: Dataset) -> Path:
 
 
 def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = print) -> Row:
-    """Train, evaluate on the test images and store one row; an equal row is reused.
+    """Train, evaluate on test (or validation) images and store one row; an equal row is reused.
 
     Args:
         config: the run.

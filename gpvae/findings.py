@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from gpvae import events, paths
-from gpvae.analysis import SCORE, rank_correlations
+from gpvae.analysis import SCORE, SCORE_NAME, rank_correlations
 from gpvae.bench.report import place
 from gpvae.comparison import devices
 from gpvae.config import RunConfig
@@ -49,7 +49,6 @@ HEADER = (
     "Differences of log p(x) are in nats per image, paired by seed and image; brackets are 95% "
     "intervals over seeds.\n\n"
 )
-SCORE_NAME = "Var f / E h²"
 RIVAL_SCORES = {"−ELBO": "minus_elbo", "the negative encoder variance": "minus_q_var"}
 # What the literature reports, and the best estimate of the model's log p(x).
 JUDGED = {"own proposal": "log_likelihood", "both proposals": "log_px"}

@@ -463,12 +463,11 @@ EPOCHS = {
     )
     for name, epochs in {"short": 60, "long": 1640}.items()
 }
-# Without the weights' KL the noise dies out: what is left is the VAE with GPVAE's larger encoder.
+# Without the weights' KL the noise fades: what is left is the VAE with GPVAE's larger encoder.
 PRESET_VARIATIONS = {
     "cpu/mnist-long": {
         "temperature": tuple(
-            {"model.encoder": "gpvae", "model.gp.features": 400, "model.gp.temperature": t}
-            for t in (1.0, 0.0)
+            {"model.encoder": "gpvae", "model.gp.temperature": t} for t in (1.0, 0.0)
         )
     }
 }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gpvae.analysis import SCORE
+from gpvae.analysis import SCORE, SCORE_NAME
 from gpvae.config import RunConfig, differences
 from gpvae.profiles import WIDTHS, Profile, get_profile
 from gpvae.results import Results, Row
@@ -153,11 +153,16 @@ def count(regimes: Mapping[str, Sequence[Setting]]) -> str:
     }.values()
     above, positive = sum(d.low > 0 for d in measured), sum(d.value > 0 for d in measured)
     below = sum(d.high < 0 for d in measured)
-    return (
+    head = (
         f"{len(measured)} different settings, most of them against the same runs of the VAE and so "
-        f"not independent: {above} interval{'s lie' if above != 1 else ' lies'} above zero and "
-        f"{below} below (by chance about {0.025 * len(measured):.1f} on each side), {positive} "
-        "means are positive."
+        "not independent"
+        if len(measured) != 1
+        else "1 setting"
+    )
+    return (
+        f"{head}: {above} interval{'s lie' if above != 1 else ' lies'} above zero and "
+        f"{below} below (by chance about {0.025 * len(measured):.1f} on each side), "
+        f"{positive} mean{'s are' if positive != 1 else ' is'} positive."
     )
 
 
@@ -195,7 +200,7 @@ def worth_sentence(profile: Profile, results: Results, rows: Sequence[Row]) -> s
     left = shares(profile, results, rows, "temperature")
     return (
         "What the noise is worth, GPVAE minus the same encoder with temperature 0 (the control): "
-        f"{format_interval(worth, '+')} nats ({worth.n} seeds). Var f / E h²: "
+        f"{format_interval(worth, '+')} nats ({worth.n} seeds). {SCORE_NAME}: "
         + "; ".join(f"{share:.1e} at {setting}" for setting, share in left.items())
         + "."
     )
