@@ -84,11 +84,13 @@ def number(value: float) -> str:
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """A line for each row, with its device and threads."""
+    """A line for each row, with its device and threads, and the code that was measured."""
     import pandas as pd
 
-    lines = [{"device": place(row["facts"]), **cells(row)} for row in rows]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(
+        {"device": place(facts := row["facts"]), **cells(row), "code": facts["code_hash"][:8]}
+        for row in rows
+    )
 
 
 def place(facts: Mapping[str, Any]) -> str:
