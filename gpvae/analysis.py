@@ -204,22 +204,20 @@ class Refinement:
         """Mean gain over the budgets from 0 to `each` for all, for each seed."""
         return [study.curve(policy, each).area() for study in self.studies]
 
-    def ways_to_spend(self, budget: float) -> dict[str, float]:
-        """Mean gain over no refinement at one budget (SVI steps per image), the best way first.
+    def gains(self, policy: str, each: int, budget: float) -> list[float]:
+        """Gain over no refinement at one budget (SVI steps per image), for each seed."""
+        curves = [study.curve(policy, each) for study in self.studies]
+        return [float(np.interp(budget, c.cost, c.bound) - c.bound[0]) for c in curves]
 
-        Each policy that can spend just this much counts with each of `choices`; "uniform" can
-        spend whole steps only.
+    def best_use(self, policy: str, budget: float) -> tuple[int, Interval] | None:
+        """The number of steps for a selected image with which a policy gains most at one budget,
+        and that gain over seeds; None if it cannot spend just this much.
         """
-        ways = {}
-        for words, each in self.choices.items():
-            if budget > float(self.studies[0].steps[each]):
-                continue
-            for policy in REAL_POLICIES:
-                if policy != "uniform" or budget.is_integer():
-                    cost, bound = self.curve(policy, each)
-                    gain = np.interp(budget, cost, bound) - bound[0]
-                    ways[f"{POLICIES[policy]} ({words})"] = float(gain)
-        return dict(sorted(ways.items(), key=lambda way: -way[1]))
+        found = []
+        for each, steps in enumerate(self.studies[0].steps.tolist()):
+            if steps == budget or (steps > budget and policy != "uniform"):
+                found.append((int(steps), mean_interval(self.gains(policy, each, budget))))
+        return max(found, key=lambda use: use[1].value, default=None)
 
     def difference(self, policy: str, other: str, each: int) -> Interval:
         """Mean gain of one policy minus that of another, paired by seed."""
@@ -254,6 +252,30 @@ def refinement_table(refinements: dict[str, Refinement]) -> pd.DataFrame:
                 label = f"{POLICIES[SCORE]} − {POLICIES[other]}".replace("− −ELBO", "− (−ELBO)")
                 lines.append(line | {"policy": label, "gain": difference})
     return pd.DataFrame(lines).rename(columns={"gain": "mean gain over budgets (nats)"})
+
+
+def budget_table(
+    refinements: Mapping[str, Refinement], budgets: Sequence[float] = (0.5, 1.0, 2.0)
+) -> pd.DataFrame:
+    """What each policy gains at some budgets, each with its best number of steps for a selected
+    image (chosen on the same images), the best policy first.
+    """
+    lines = []
+    for output, refinement in refinements.items():
+        for budget in budgets:
+            uses = {policy: refinement.best_use(policy, budget) for policy in REAL_POLICIES}
+            known = {policy: use for policy, use in uses.items() if use}
+            for policy, (steps, gain) in sorted(known.items(), key=lambda u: -u[1][1].value):
+                lines.append(
+                    {
+                        "output": output,
+                        "steps per image": f"{budget:g}",
+                        "policy": POLICIES[policy],
+                        "steps of a selected image": steps,
+                        "gain (nats)": format_interval(gain, digits=3),
+                    }
+                )
+    return pd.DataFrame(lines)
 
 
 OUTLIER_SCORES = {  # label -> score, and whose it is

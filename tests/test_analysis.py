@@ -10,6 +10,7 @@ import gpvae
 from gpvae.analysis import (
     SCORE,
     Refinement,
+    budget_table,
     by_step_count,
     calibration_table,
     decomposition,
@@ -108,12 +109,16 @@ def test_a_score_that_knows_the_gain_is_the_oracle_and_its_reverse_loses(project
         assert worst.difference(SCORE, "random", each).value < 0
         assert best.areas("none", each) == [0.0]
     # Half of the budget of one step: the two images that gain most, of a total of 0.6 / 4.
-    assert best.ways_to_spend(0.5)["Var f / E h² (1 step)"] == pytest.approx(0.5 / 4)
-    assert best.ways_to_spend(0.5)["random (1 step)"] == pytest.approx(0.3 / 4)
-    assert "uniform (1 step)" not in best.ways_to_spend(0.5)
-    assert list(best.ways_to_spend(2.0)) == [
-        f"{name} (2 steps)" for name in ("uniform", "random", "Var f / E h²", "−ELBO")
-    ]
+    assert best.gains(SCORE, 1, 0.5) == pytest.approx([0.5 / 4])
+    assert best.gains("random", 1, 0.5) == pytest.approx([0.3 / 4])
+    # Each step gains as much as the one before: two steps for the best image, or one for two.
+    steps, gain = best.best_use(SCORE, 0.5)
+    assert (steps, gain.value) == (2, pytest.approx(0.6 / 4))
+    assert best.best_use("uniform", 0.5) is None
+    assert best.best_use("uniform", 2.0)[0] == 2 and best.best_use(SCORE, 2.0)[0] == 2
+    table = budget_table({"gaussian": best}, (0.5, 1.0))
+    assert list(table["steps per image"]) == ["0.5"] * 3 + ["1"] * 4
+    assert list(table.policy[:3]) == ["Var f / E h²", "random", "−ELBO"]  # whose bounds are equal
     assert best.best(1) == [SCORE]
     assert worst.best(1) == ["uniform", "random"]  # the same where everybody gets one step
 
