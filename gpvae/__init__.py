@@ -18,6 +18,7 @@ Where each idea of the paper lives:
 | gaps, AIS, selective refinement              | `gaps`, `ais`, `refine`     | 03       |
 | one step, eager or captured; seeds at once   | `step`, `ensemble`          | -        |
 | runs, sets of runs, verdicts                 | `experiment`, `sweep`, `findings` | 04, 06 |
+| where random functions help                  | `regimes`                   | 06       |
 """
 
 from gpvae.config import (
