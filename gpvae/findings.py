@@ -32,7 +32,7 @@ from gpvae.tables import (
     differences,
     format_interval,
     format_seeds,
-    least_difference,
+    least,
     paired,
 )
 
@@ -168,16 +168,16 @@ def _against_rivals(
     """Whether GPVAE lies above every rival, and the sentence that says so."""
     shown = {encoder: methods[encoder] for encoder in ("gpvae", *rivals)}
     found = differences(results, shown, "gpvae", key)
-    best, least = least_difference(results, shown, "gpvae", key)
+    best, difference = least(found)
     if not best:
         return LACKS, f"GPVAE − rivals {MISSING}"
-    answers = {rival: answer(difference) for rival, difference in found.items()}
+    answers = {rival: answer(each) for rival, each in found.items()}
     sides = {
         word: ", ".join(LABELS[rival] for rival, said in answers.items() if said == side)
         for word, side in (("above", SUPPORTS), ("below", CONTRADICTS))
     }
     text = (
-        f"GPVAE − {LABELS[best]}, the best rival = {format_interval(least, '+')} (above "
+        f"GPVAE − {LABELS[best]}, the best rival = {format_interval(difference, '+')} (above "
         f"{sides['above'] or 'none'}; below {sides['below'] or 'none'})"
     )
     if CONTRADICTS in answers.values():
@@ -296,11 +296,11 @@ def summary(profile: Profile) -> pd.DataFrame:
         rivals = {encoder: own for encoder, own in methods.items() if encoder != "vae"}
         for word, key in JUDGED.items():
             difference = format_interval(paired(results, ours, vae, key), "+")
-            best, least = least_difference(results, rivals, "gpvae", key)
+            best, nearest = least(differences(results, rivals, "gpvae", key))
             line[f"GPVAE − VAE, {word}"] = difference
             line[f"GPVAE − best rival, {word}"] = (
-                f"{LABELS[best]}: {format_interval(least, '+')}"
-                + (f" ({least.n} seeds)" if 1 < least.n < len(profile.seeds) else "")
+                f"{LABELS[best]}: {format_interval(nearest, '+')}"
+                + (f" ({nearest.n} seeds)" if 1 < nearest.n < len(profile.seeds) else "")
                 if best
                 else MISSING
             )

@@ -131,7 +131,7 @@ def benchmark_table(profile: Profile, results: Results, rows: Sequence[Row]) -> 
                 difference = format_interval(paired(results, own, methods["vae"], key), "+")
                 reference = encoder == "vae" and own
                 line[f"difference to {LABELS['vae']}, {label}"] = "-" if reference else difference
-            best, difference = least_difference(results, methods, encoder, "log_likelihood")
+            best, difference = least(differences(results, methods, encoder, "log_likelihood"))
             line["difference to the best other, own"] = (
                 f"{LABELS[best]}: {format_interval(difference, '+')}" if best else MISSING
             )
@@ -155,14 +155,10 @@ def differences(
     return {other: difference for other, difference in found.items() if difference.n}
 
 
-def least_difference(
-    results: Results, methods: Mapping[str, Sequence[Row]], encoder: str, quantity: str
-) -> tuple[str, Interval]:
-    """The method that this one exceeds least, and by how much; "" if there is none.
-
-    One that shares a single seed counts only if all do.
+def least(found: Mapping[str, Interval]) -> tuple[str, Interval]:
+    """The method that one exceeds least, and by how much, of its `differences`; "" if there is
+    none. One that shares a single seed counts only if all do.
     """
-    found = differences(results, methods, encoder, quantity)
     sure = {other: d for other, d in found.items() if d.n > 1} or found
     if not sure:
         return "", mean_interval([])
