@@ -20,6 +20,7 @@ from gpvae.profiles import Profile
 from gpvae.refine import Study
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, auroc, mean_interval, spearman
+from gpvae.stored import history_of
 from gpvae.tables import (
     LABELS,
     MISSING,
@@ -44,6 +45,45 @@ POLICIES = {
 }
 REAL_POLICIES = ("uniform", "random", SCORE, "-ELBO")  # the oracle knows what nobody knows
 SYMBOLS = {"savae": "T", "vlae": "T", "iaf": "K", "hf": "K", "me": "M", "rme": "M"}
+
+
+LATE = 0.2  # the last part of training in which a curve should have become flat
+
+
+def late_rise(history: Sequence[Mapping[str, float]]) -> float:
+    """By how much the best validation bound rose in the last fifth of the epochs, in nats; NaN if
+    no bound was measured before.
+    """
+    limit = (1 - LATE) * history[-1]["epoch"]
+    early = [row["valid_elbo"] for row in history if row["epoch"] <= limit]
+    return max(row["valid_elbo"] for row in history) - max(early) if early else math.nan
+
+
+def convergence_table(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per output and method: how long training took and whether it had come to an end.
+
+    SVI trains as the VAE and has no line.
+    """
+    lines = []
+    for output in profile.outputs:
+        for encoder, own in by_encoder(profile, output, rows).items():
+            if encoder == "svi":
+                continue
+            rises = [late_rise(found) for row in own if (found := history_of(row, profile.name))]
+            rises = [rise for rise in rises if math.isfinite(rise)]
+            last = sum(row["best_epoch"] == row["epochs"] for row in own)
+            lines.append(
+                {
+                    "output": output,
+                    "method": LABELS.get(encoder, encoder),
+                    "seeds": format_seeds(own, profile.seeds),
+                    "epochs": format_range([row["epochs"] for row in own]),
+                    "best epoch": format_range([row["best_epoch"] for row in own]),
+                    "best epoch is the last": f"{last} of {len(own)}" if own else MISSING,
+                    "rise in the last fifth": format_interval(mean_interval(rises)),
+                }
+            )
+    return pd.DataFrame(lines)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ intervals over seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -176,32 +177,44 @@ def shares(profile: Profile, results: Results, rows: Sequence[Row], name: str) -
     return found
 
 
-def worth_of_noise(profile: Profile, results: Results, rows: Sequence[Row]) -> Interval:
-    """GPVAE minus the same encoder without the weights' KL (temperature 0), in log p(x), own.
+def worth_of_noise(profile: Profile, results: Results, rows: Sequence[Row]) -> dict[str, Interval]:
+    """GPVAE minus each control, in log p(x), own proposal, by the control's label.
 
-    Without that KL nothing holds the posterior of the weights open, so that it shrinks as far as
-    training takes it: the encoder has as many parameters and less noise. So this is what the noise
-    that is gone adds, whatever the size adds; `shares` tells how much is left.
+    A control is the same encoder with temperature 0: without the weights' KL nothing holds their
+    posterior open, so that it shrinks as far as training takes it. Its size stays; so this is what
+    the noise that is gone adds, whatever the size adds. `shares` tells how much noise is left.
     """
     key = "model.gp.temperature"
-    settings = {changes[key]: changes for changes in profile.variations.get("temperature", ())}
-    with_noise, without = (
-        select(rows, profile.setting("temperature", settings[t])) if t in settings else []
-        for t in (1.0, 0.0)
-    )
-    return paired(results, with_noise, without, "log_likelihood")
+    settings = profile.variations.get("temperature", ())
+    usual = [changes for changes in settings if changes[key] == 1.0]
+    own = select(rows, profile.setting("temperature", usual[0])) if usual else []
+    worth = {
+        label(changes): paired(
+            results, own, select(rows, profile.setting("temperature", changes)), "log_likelihood"
+        )
+        for changes in settings
+        if changes[key] == 0.0
+    }
+    return {name: interval for name, interval in worth.items() if interval.n}
 
 
 def worth_sentence(profile: Profile, results: Results, rows: Sequence[Row]) -> str:
-    """What the noise is worth, in words; empty if the control was not run."""
+    """What the noise is worth, in words; empty if no control was run."""
     worth = worth_of_noise(profile, results, rows)
-    if not worth.n:
+    if not worth:
         return ""
     left = shares(profile, results, rows, "temperature")
+    against = (
+        f"{format_interval(interval, '+')} nats to {name} ({interval.n} seeds)"
+        for name, interval in worth.items()
+    )
     return (
-        "What the noise is worth, GPVAE minus the same encoder with temperature 0 (the control): "
-        f"{format_interval(worth, '+')} nats ({worth.n} seeds). {SCORE_NAME}: "
-        + "; ".join(f"{share:.1e} at {setting}" for setting, share in left.items())
+        "What the noise is worth, GPVAE minus the same encoder with less of it (control): "
+        + "; ".join(against)
+        + f". {SCORE_NAME}: "
+        + "; ".join(
+            f"{share:.1e} at {setting}" for setting, share in left.items() if math.isfinite(share)
+        )
         + "."
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rows import fake_row, store_rows
@@ -13,9 +16,11 @@ from gpvae.analysis import (
     budget_table,
     by_step_count,
     calibration_table,
+    convergence_table,
     decomposition,
     decompositions,
     gap_table,
+    late_rise,
     noise_share,
     per_image,
     rank_correlations,
@@ -43,6 +48,43 @@ def plan():
             )
         },
     )
+
+
+def history(*bounds):
+    """Bounds measured every ten epochs."""
+    return [{"epoch": 10 * i, "valid_elbo": bound} for i, bound in enumerate(bounds, 1)]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "rise"),
+    [
+        ((-9.0, -5.0, -4.0, -4.0, -1.5), 2.5),  # 50 epochs: the bound at 40 is the last early one
+        ((-9.0, -5.0, -1.0, -2.0, -1.5), 0.0),  # the best checkpoint is an early one: flat
+        ((-9.0, -1.0, -4.0, -4.0, -0.5), 0.5),  # a dip is not made good for twice
+        ((-9.0,), math.nan),
+    ],
+)
+def test_late_rise_is_that_of_the_best_bound_in_the_last_fifth(bounds, rise):
+    assert late_rise(history(*bounds)) == pytest.approx(rise, nan_ok=True)
+
+
+def test_convergence_tells_runs_that_ended_from_runs_that_were_stopped(project_root, plan):
+    rising = {"history": history(-9, -5, -4, -3, -1), "epochs": 50, "best_epoch": 50}
+    flat = {"history": history(-9, -2, -1, -2, -3), "epochs": 50, "best_epoch": 30}
+    once = {"history": history(-9), "epochs": 10, "best_epoch": 10}
+    rows = [
+        fake_row("vae", 0, [1.0], row=rising),
+        fake_row("vae", 1, [1.0], row=flat),
+        fake_row("iaf", 0, [1.0], row=once),
+    ]
+    store_rows("t", rows)
+    with_svi = replace(plan, encoders=("vae", "svi", "iaf"))
+    table = convergence_table(with_svi, rows).set_index("method")
+    assert list(table.index) == ["VAE", "IAF"]
+    assert table.loc["VAE", "rise in the last fifth"] == "1.00 [-11.71, 13.71]"  # t(1) = 12.71
+    assert list(table["best epoch"]) == ["30 to 50", "10"]
+    assert list(table["best epoch is the last"]) == ["1 of 2", "1 of 1"]
+    assert table.loc["IAF", "rise in the last fifth"] == "missing"
 
 
 def test_gaps_add_up_and_may_be_negative(project_root, plan):

@@ -9,6 +9,7 @@ from rows import fake_row, store_rows
 
 import gpvae
 from gpvae import regimes
+from gpvae.profiles import NOISELESS
 from gpvae.stats import Interval
 
 VALUES = np.array([1.0, 2.0, 3.0, 5.0])
@@ -166,15 +167,23 @@ def test_regimes_are_told_apart_and_summed_up(project_root):
 
 def test_the_worth_of_the_noise_is_measured_against_the_same_encoder(project_root):
     key = "model.gp.temperature"
-    settings = tuple({"model.encoder": "gpvae", key: t} for t in (1.0, 0.0))
-    profile = plan(variations={"temperature": settings})
+    each = [{"model.encoder": "gpvae", key: t} for t in (1.0, 0.0)]
+    profile = plan(variations={"temperature": (NOISELESS, *each)})
     rows = [
-        fake_row("gpvae", seed, VALUES + gain + 0.01 * seed * (t == 0), **{key: t})
-        for t, gain in ((1.0, 3.0), (0.0, 2.0))
+        fake_row("gpvae", seed, VALUES + gain + 0.01 * seed * (gain < 3), **changes)
+        for changes, gain in ((each[0], 3.0), (each[1], 2.0), (NOISELESS, 1.0))
         for seed in range(3)
     ]
     store = store_rows("t", rows, **RANDOM)
     worth = regimes.worth_of_noise(profile, store, rows)
-    assert worth.value == pytest.approx(0.99) and worth.n == 3
-    assert regimes.worth_of_noise(profile, store, rows[:3]).n == 0  # no run without noise
-    assert regimes.worth_of_noise(plan(), store, rows).n == 0
+    less, none = "temperature = 0.0", "temperature = 0.0, initial_std = 1e-06"
+    assert worth[less].value == pytest.approx(0.99) and worth[less].n == 3
+    assert worth[none].value == pytest.approx(1.99) and worth[none].n == 3
+    sentence = regimes.worth_sentence(profile, store, rows)
+    assert "+0.99 [+0.97, +1.01] nats to temperature = 0.0 (3 seeds)" in sentence
+    assert sentence.endswith("; 2.5e-01 at temperature = 0.0.")
+    assert list(regimes.worth_of_noise(profile, store, rows[:6])) == [less]
+    assert regimes.worth_of_noise(profile, store, rows[:3]) == {}  # no run without noise
+    assert regimes.worth_of_noise(profile, store, rows[3:]) == {}  # nothing to compare with
+    assert regimes.worth_of_noise(plan(), store, rows) == {}
+    assert regimes.worth_sentence(plan(), store, rows) == ""
