@@ -489,14 +489,17 @@ def get_profile(name: str) -> Profile:
     `burda/short` and `burda/long` the number of epochs.
 
     Raises:
-        ConfigError: unknown name; the nearest is suggested.
+        ConfigError: unknown name; the nearest is suggested. A family without a preset.
     """
     family, _, preset = name.partition("/")
     if family not in PROFILES:
         raise ConfigError(unknown("profile", name, [*PROFILES, *(f"{f}/PRESET" for f in FAMILIES)]))
+    presets = FAMILIES.get(family, {})
+    if not preset and PROFILES[family].base in presets.values():  # two folders for one profile
+        choice = ", ".join(f"{family}/{p}" for p in presets)
+        raise ConfigError(f"profile {name!r} is a family; choose one of {choice}.")
     if not preset:
         return PROFILES[family]
-    presets = FAMILIES.get(family, {})
     if preset not in presets:
         known = [f"{f}/{p}" for f, each in FAMILIES.items() for p in each]
         raise ConfigError(unknown("preset", name, known))

@@ -201,6 +201,16 @@ def test_presets_cover_the_data_sets_at_both_dimensions():
         gpvae.get_profile("paper/omniglot-20")
 
 
+def test_a_profile_is_found_under_one_name_only():
+    """`cpu` would be `cpu/mnist` once more, with rows in another folder."""
+    with pytest.raises(ConfigError, match="'cpu' is a family; choose one of cpu/mnist, "):
+        gpvae.get_profile("cpu")
+    with pytest.raises(ConfigError, match="'paper' is a family"):
+        gpvae.get_profile("paper")
+    for name in ("regimes", "burda"):  # not the configuration of any of their presets
+        assert gpvae.get_profile(name).name == name
+
+
 def test_regimes_with_bernoulli_output_are_the_same_runs_with_another_output():
     plain, other = gpvae.get_profile("regimes"), gpvae.get_profile("regimes/bernoulli")
     assert other.outputs == ("bernoulli",)
