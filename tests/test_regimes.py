@@ -62,6 +62,21 @@ def test_a_setting_of_several_variations_counts_once_and_the_control_not_at_all(
     assert list(table.setting) == ["x", "x (control)"] and list(table.seeds) == ["3 of 4"] * 2
 
 
+def test_an_interval_that_ends_at_zero_is_neither_above_nor_below():
+    ends = {"up": (0.01, 0.03), "down": (-0.03, -0.01), "from": (0.0, 0.02), "to": (-0.02, 0.0)}
+    settings = [
+        regimes.Setting(name, setting(0.0, **{"model.gp.rank": i}).config, Interval(value, *at, 2))
+        for i, (name, at) in enumerate(ends.items(), 1)
+        for value in [sum(at) / 2]
+    ]
+    text = regimes.sentence("rank", settings)
+    assert text.endswith("+0.02 [+0.01, +0.03] nats; above the VAE at up; below it at down")
+    text = regimes.count({"rank": settings})
+    assert "1 interval lies above zero and 1 below" in text and "2 means are positive" in text
+    no_gain = regimes.Setting("same", settings[0].config, Interval(0.0, -0.5, 0.5, 2))
+    assert "0 means are positive" in regimes.count({"rank": [no_gain]})
+
+
 def test_only_variations_of_gpvae_are_regimes():
     """IAF's flows, searches and the grid of sizes are questions of their own."""
     profile = plan(
