@@ -16,6 +16,7 @@ Where each idea of the paper lives:
 | rivals: flows                                | `IAFVAE`, `HouseholderVAE`  | 05       |
 | rivals: mixtures                             | `MixtureVAE`, `RecursiveMixtureVAE` | 05 |
 | gaps, AIS, selective refinement              | `gaps`, `ais`, `refine`     | 03       |
+| scores against measured gaps                 | `difficulty`, `selective`   | 03       |
 | one step, eager or captured; seeds at once   | `step`, `ensemble`          | -        |
 | runs, sets of runs, verdicts                 | `experiment`, `sweep`, `findings` | 04, 06 |
 | where random functions help                  | `regimes`                   | 06       |

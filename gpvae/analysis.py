@@ -1,4 +1,4 @@
-"""From rows and per-image arrays to intervals over seeds: gaps, refinement, numbers of steps.
+"""From rows and per-image arrays to intervals over seeds: convergence, gaps, searches, steps.
 
 Everything is in nats per image. A row that lacks what is asked for (an older one, or one without
 gaps) is left out, and a method without any prints as missing.
@@ -11,15 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
 from gpvae.config import RunConfig
 from gpvae.profiles import Profile
-from gpvae.refine import Study
 from gpvae.results import Results, Row
-from gpvae.stats import Interval, auroc, mean_interval, spearman
+from gpvae.stats import Interval, mean_interval
 from gpvae.stored import history_of
 from gpvae.tables import (
     LABELS,
@@ -34,19 +31,7 @@ from gpvae.tables import (
     select,
 )
 
-SCORE, SCORE_NAME = "relative_f_var", "Var f / E h²"
-POLICIES = {
-    "none": "none",
-    "uniform": "uniform",
-    "random": "random",
-    SCORE: SCORE_NAME,
-    "-ELBO": "−ELBO",
-    "oracle": "oracle",
-}
-REAL_POLICIES = ("uniform", "random", SCORE, "-ELBO")  # the oracle knows what nobody knows
 SYMBOLS = {"savae": "T", "vlae": "T", "iaf": "K", "hf": "K", "me": "M", "rme": "M"}
-
-
 LATE = 0.2  # the last part of training in which a curve should have become flat
 
 
@@ -165,243 +150,6 @@ def gap_table(
                     "images not converged": count,
                 }
             )
-    return pd.DataFrame(lines)
-
-
-GAPS = {"amortization gap": "amortization_gap", "inference gap": "inference_gap"}
-OWN_SCORES = (SCORE_NAME, "Var f", "Var h", "expected gap")  # those of the random functions
-SCORES = {  # label -> score, and whose it is; each is meant to be larger where the gap is
-    SCORE_NAME: (SCORE, "gpvae"),
-    "Var f": ("f_var", "gpvae"),
-    "Var h": ("h_var", "gpvae"),
-    "expected gap": ("expected_gap", "gpvae"),
-    "−ELBO": ("minus_elbo", "gpvae"),
-    "−encoder variance": ("minus_q_var", "gpvae"),
-    "−encoder variance (VAE)": ("minus_q_var", "vae"),
-}
-
-
-def per_image(results: Results, row: Row) -> dict[str, np.ndarray]:
-    """Arrays of a row, with both gaps and the scores that need no random function, [N] each."""
-    a = results.arrays(row)
-    a["minus_elbo"] = -a["elbo"]
-    if "q_var" in a:
-        a["minus_q_var"] = -a["q_var"]
-    if "elbo_optimised" in a:
-        a["amortization_gap"] = a["elbo_optimised"] - a["elbo"]
-    if "log_px" in a:
-        a["inference_gap"] = a["log_px"] - a["elbo"]
-    return a
-
-
-def rank_correlations(
-    results: Results, rows: Sequence[Row], score: str, gap: str = "amortization_gap"
-) -> list[float]:
-    """Spearman's correlation over images of a score with a gap, for each row that has both."""
-    images = [per_image(results, row) for row in rows]
-    return [spearman(a[score], a[gap]) for a in images if score in a and gap in a]
-
-
-def noise_share(results: Results, rows: Sequence[Row]) -> float:
-    """Part of the amortization gap's variance over images that is Monte Carlo noise of the two
-    bounds, averaged over rows; NaN without any that has gaps.
-    """
-    shares = []
-    for a in (per_image(results, row) for row in rows):
-        if "amortization_gap" in a:
-            noise = a["elbo_stderr"] ** 2 + a["elbo_optimised_stderr"] ** 2
-            shares.append(noise.mean() / a["amortization_gap"].var())
-    return mean_interval(shares).value
-
-
-class Refinement:
-    """What selective refinement gains for one output, over seeds.
-
-    Args:
-        results: where the arrays are.
-        rows: of a model with a score, one for each seed; those without a study are left out.
-    """
-
-    def __init__(self, results: Results, rows: Sequence[Row]) -> None:
-        arrays = [results.arrays(row) for row in rows]
-        self.studies = [_study(a) for a in arrays if "refine_bounds" in a]
-
-    @property
-    def choices(self) -> dict[str, int]:
-        """What a selected image may get, in words, and its index into the recorded steps."""
-        if not self.studies:
-            return {}
-        counts = [int(count) for count in self.studies[0].steps]
-        words = {i: f"{counts[i]} step{'s' * (counts[i] != 1)}" for i in (1, len(counts) - 1)}
-        return {word: i for i, word in words.items()}
-
-    def curve(self, policy: str, each: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mean cost, in SVI steps per image, and mean bound over images and seeds."""
-        curves = [study.curve(policy, each) for study in self.studies]
-        return curves[0].cost.numpy(), np.mean([c.bound.numpy() for c in curves], axis=0)
-
-    def areas(self, policy: str, each: int) -> list[float]:
-        """Mean gain over the budgets from 0 to `each` for all, for each seed."""
-        return [study.curve(policy, each).area() for study in self.studies]
-
-    def gains(self, policy: str, each: int, budget: float) -> list[float]:
-        """Gain over no refinement at one budget (SVI steps per image), for each seed."""
-        curves = [study.curve(policy, each) for study in self.studies]
-        return [float(np.interp(budget, c.cost, c.bound) - c.bound[0]) for c in curves]
-
-    def best_use(self, policy: str, budget: float) -> tuple[int, Interval] | None:
-        """The number of steps for a selected image with which a policy gains most at one budget,
-        and that gain over seeds; None if it cannot spend just this much.
-        """
-        found = []
-        for each, steps in enumerate(self.studies[0].steps.tolist()):
-            if steps == budget or (steps > budget and policy != "uniform"):
-                found.append((int(steps), mean_interval(self.gains(policy, each, budget))))
-        return max(found, key=lambda use: use[1].value, default=None)
-
-    def difference(self, policy: str, other: str, each: int) -> Interval:
-        """Mean gain of one policy minus that of another, paired by seed."""
-        pairs = zip(self.areas(policy, each), self.areas(other, each), strict=True)
-        return mean_interval([a - b for a, b in pairs])
-
-    def best(self, each: int) -> list[str]:
-        """The policies with the largest mean gain among those that need no oracle."""
-        means = {policy: float(np.mean(self.areas(policy, each))) for policy in REAL_POLICIES}
-        most = max(means.values())
-        return [policy for policy, mean in means.items() if math.isclose(mean, most, abs_tol=1e-9)]
-
-
-def _study(arrays: dict[str, np.ndarray]) -> Study:
-    """The study whose arrays a row keeps."""
-    keys = ("refine_steps", "refine_bounds", "refine_ranking", SCORE)
-    steps, bounds, ranking, score = (torch.from_numpy(arrays[k]).double() for k in keys)
-    return Study(steps, bounds, ranking, {SCORE: score})
-
-
-def refinement_table(refinements: dict[str, Refinement]) -> pd.DataFrame:
-    """Mean gain over the budgets of each policy and panel, and differences of the score."""
-    lines = []
-    for output, refinement in refinements.items():
-        for words, each in refinement.choices.items():
-            line = {"output": output, "a selected image gets": words}
-            for policy, label in POLICIES.items():
-                areas = mean_interval(refinement.areas(policy, each))
-                lines.append(line | {"policy": label, "gain": format_interval(areas, digits=3)})
-            for other in ("random", "-ELBO"):
-                difference = format_interval(refinement.difference(SCORE, other, each), "+", 3)
-                label = f"{POLICIES[SCORE]} − {POLICIES[other]}".replace("− −ELBO", "− (−ELBO)")
-                lines.append(line | {"policy": label, "gain": difference})
-    return pd.DataFrame(lines).rename(columns={"gain": "mean gain over budgets (nats)"})
-
-
-def budget_table(
-    refinements: Mapping[str, Refinement], budgets: Sequence[float] = (0.5, 1.0, 2.0)
-) -> pd.DataFrame:
-    """What each policy gains at some budgets, each with its best number of steps for a selected
-    image (chosen on the same images), the best policy first.
-    """
-    lines = []
-    for output, refinement in refinements.items():
-        for budget in budgets:
-            uses = {policy: refinement.best_use(policy, budget) for policy in REAL_POLICIES}
-            known = {policy: use for policy, use in uses.items() if use}
-            for policy, (steps, gain) in sorted(known.items(), key=lambda u: -u[1][1].value):
-                lines.append(
-                    {
-                        "output": output,
-                        "steps per image": f"{budget:g}",
-                        "policy": POLICIES[policy],
-                        "steps of a selected image": steps,
-                        "gain (nats)": format_interval(gain, digits=3),
-                    }
-                )
-    return pd.DataFrame(lines)
-
-
-OUTLIER_SCORES = {  # label -> score, and whose it is
-    SCORE_NAME: (SCORE, "gpvae"),
-    "Var f": ("f_var", "gpvae"),
-    "Var h": ("h_var", "gpvae"),
-    "expected gap": ("expected_gap", "gpvae"),
-    "−ELBO of GPVAE": ("elbo", "gpvae"),
-    "−ELBO of VAE": ("elbo", "vae"),
-}
-
-
-def outlier_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
-    """AUROC of each score between test images and those of another data set, over seeds.
-
-    Empty if no row has outliers.
-    """
-    lines = []
-    for output in profile.outputs:
-        methods = by_encoder(profile, output, rows)
-        for label, (score, encoder) in OUTLIER_SCORES.items():
-            arrays = [results.arrays(row) for row in methods.get(encoder, [])]
-            sign = -1 if score == "elbo" else 1
-            areas = [
-                auroc(sign * a[score], sign * a[f"outlier_{score}"])
-                for a in arrays
-                if f"outlier_{score}" in a
-            ]
-            if areas:
-                name = profile.base.evaluation.outliers
-                line = {"output": output, "outliers": name, "score": label}
-                lines.append(line | {"AUROC": format_interval(mean_interval(areas), digits=3)})
-    return pd.DataFrame(lines)
-
-
-def calibration(
-    results: Results, rows: Sequence[Row], bins: int = 10
-) -> tuple[np.ndarray, list[Interval]]:
-    """Expected against observed amortization gap by decile of the expected one.
-
-    The bound of GPVAE averages over the random functions. If an image's best Gaussian is a draw of
-    them, too, the gap is the divergence of two independent draws, for small noise twice that of one
-    from the Gaussian of the predictive moments, which the posterior's score `expected_gap` is.
-
-    Args:
-        results: whose arrays.
-        rows: of GPVAE for one output, one for each seed; those without gaps are left out.
-        bins: number of equal groups of images.
-
-    Returns:
-        Mean expected gap of each group, averaged over seeds, [bins], and the observed mean with
-        its interval over seeds, both in nats.
-    """
-    expected, observed = [], []
-    for row in rows:
-        a = per_image(results, row)
-        if "expected_gap" in a and "amortization_gap" in a:
-            groups = np.array_split(a["expected_gap"].argsort(kind="stable"), bins)
-            gap = a["amortization_gap"]
-            expected.append([2 * a["expected_gap"][g].mean() for g in groups])
-            observed.append([gap[g].mean() for g in groups])
-    if not expected:
-        return np.full(bins, np.nan), [mean_interval([])] * bins
-    return np.mean(expected, 0), [mean_interval(values) for values in zip(*observed, strict=True)]
-
-
-def calibration_table(profile: Profile, results: Results, rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per output: how many times the expected gap the observed one is, over seeds."""
-    lines = []
-    for output in profile.outputs:
-        own = by_encoder(profile, output, rows)["gpvae"]
-        images = [a for row in own if "expected_gap" in (a := per_image(results, row))]
-        images = [a for a in images if "amortization_gap" in a]
-        ratios = [a["amortization_gap"].mean() / (2 * a["expected_gap"].mean()) for a in images]
-        steps = np.diff([gap.value for gap in calibration(results, own)[1]])
-        ratio = format_interval(mean_interval(ratios), digits=0)
-        lines.append(
-            {
-                "output": output,
-                "seeds": format_seeds([row for row in own if "log_px" in row], profile.seeds),
-                "observed gap / (2 × expected gap)": ratio,
-                "deciles over which it rises": (
-                    f"{int((steps > 0).sum())} of {len(steps)}" if images else MISSING
-                ),
-            }
-        )
     return pd.DataFrame(lines)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from gpvae import events, paths
-from gpvae.analysis import SCORE, SCORE_NAME, rank_correlations
 from gpvae.bench.report import place
 from gpvae.comparison import devices
 from gpvae.config import RunConfig
+from gpvae.difficulty import SCORE, SCORE_NAME, rank_correlations
 from gpvae.profiles import FAMILIES, Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval

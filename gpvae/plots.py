@@ -17,8 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from gpvae import events, paths
-from gpvae.analysis import POLICIES, SYMBOLS, Decomposition, Refinement
+from gpvae.analysis import SYMBOLS, Decomposition
 from gpvae.regimes import Setting
+from gpvae.selective import POLICIES, Refinement
 from gpvae.stats import Interval
 from gpvae.tables import LABELS, MISSING
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gpvae.analysis import SCORE, SCORE_NAME
 from gpvae.config import RunConfig, differences
+from gpvae.difficulty import SCORE, SCORE_NAME
 from gpvae.profiles import WIDTHS, Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval

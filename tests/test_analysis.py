@@ -1,30 +1,21 @@
-"""Gaps, selective refinement and step counts from rows whose numbers are known."""
+"""Convergence, gaps, searches and step counts from rows whose numbers are known."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from rows import fake_row, store_rows
 
 import gpvae
 from gpvae.analysis import (
-    SCORE,
-    Refinement,
-    budget_table,
     by_step_count,
-    calibration_table,
     convergence_table,
     decomposition,
     decompositions,
     gap_table,
     late_rise,
-    noise_share,
-    per_image,
-    rank_correlations,
-    refinement_table,
     search_table,
     step_differences,
     step_table,
@@ -119,72 +110,6 @@ def test_rows_without_gaps_are_missing_not_zero(project_root, plan):
     assert (table.drop(columns=["output", "seeds"]) == "missing").all(axis=None)
 
 
-def test_noise_share_of_a_gap_that_is_noise_is_one(project_root):
-    rng = np.random.default_rng(0)
-    rows = [fake_row("gpvae", s, np.zeros(40_000)) for s in (0, 1)]
-    gap = rng.normal(scale=5.0, size=40_000)
-    same, none = np.full(40_000, 3.0), np.full(40_000, 4.0)
-    bounds = {"elbo": np.zeros(40_000), "elbo_optimised": gap}
-    store = store_rows("t", rows, **bounds, elbo_stderr=same, elbo_optimised_stderr=none)
-    assert noise_share(store, rows) == pytest.approx(1.0, abs=0.03)
-    assert np.isnan(noise_share(store, []))
-
-
-def refined(seed, score, count=4):
-    """A row of GPVAE whose image i gains i / 10 in the first step and as much in the second."""
-    steps = np.array([0.0, 1.0, 2.0])
-    bounds = np.array([-1.0] * count) + steps[:, None] * np.arange(count) / 10
-    arrays = {"refine_steps": steps, "refine_bounds": bounds, "refine_ranking": bounds}
-    row = fake_row("gpvae", seed, np.zeros(count))
-    store = store_rows("t", [row], **arrays, **{SCORE: np.asarray(score, float)})
-    return store, row
-
-
-def test_a_score_that_knows_the_gain_is_the_oracle_and_its_reverse_loses(project_root):
-    store, good = refined(0, [0, 1, 2, 3])
-    _, bad = refined(1, [3, 2, 1, 0])
-    best, worst = Refinement(store, [good]), Refinement(store, [bad])
-    assert best.choices == {"1 step": 1, "2 steps": 2}
-    for each in best.choices.values():
-        assert best.areas(SCORE, each) == best.areas("oracle", each)
-        assert best.difference(SCORE, "random", each).value > 0
-        assert worst.difference(SCORE, "random", each).value < 0
-        assert best.areas("none", each) == [0.0]
-    # Half of the budget of one step: the two images that gain most, of a total of 0.6 / 4.
-    assert best.gains(SCORE, 1, 0.5) == pytest.approx([0.5 / 4])
-    assert best.gains("random", 1, 0.5) == pytest.approx([0.3 / 4])
-    # Each step gains as much as the one before: two steps for the best image, or one for two.
-    steps, gain = best.best_use(SCORE, 0.5)
-    assert (steps, gain.value) == (2, pytest.approx(0.6 / 4))
-    assert best.best_use("uniform", 0.5) is None
-    assert best.best_use("uniform", 2.0)[0] == 2 and best.best_use(SCORE, 2.0)[0] == 2
-    table = budget_table({"gaussian": best}, (0.5, 1.0))
-    assert list(table["steps per image"]) == ["0.5"] * 3 + ["1"] * 4
-    assert list(table.policy[:3]) == ["Var f / E h²", "random", "−ELBO"]  # whose bounds are equal
-    assert best.best(1) == [SCORE]
-    assert worst.best(1) == ["uniform", "random"]  # the same where everybody gets one step
-
-
-def test_refinement_is_averaged_over_seeds_and_tabulated(project_root):
-    store, good = refined(0, [0, 1, 2, 3])
-    _, bad = refined(1, [3, 2, 1, 0])
-    both = Refinement(store, [good, bad])
-    cost, bound = both.curve(SCORE, 1)
-    np.testing.assert_allclose(cost, np.linspace(0, 1, 5))
-    np.testing.assert_allclose(bound, both.curve("random", 1)[1])  # the two scores cancel
-    table = refinement_table({"gaussian": both})
-    assert list(table.columns[:3]) == ["output", "a selected image gets", "policy"]
-    assert len(table) == 2 * 8
-    difference = table[table.policy == "Var f / E h² − (−ELBO)"].iloc[:, -1]
-    assert all(text.startswith(("+", "-")) for text in difference)
-
-
-def test_a_model_without_a_recorded_study_has_no_refinement(project_root):
-    row = fake_row("vae", 0, [1.0])
-    refinement = Refinement(store_rows("t", [row]), [row])
-    assert refinement.studies == [] and refinement.choices == {}
-
-
 def test_step_counts_are_read_from_the_configuration():
     config = gpvae.RunConfig().override(**{"model.encoder": "iaf", "model.flow.steps": 8})
     assert config.model.count == 8
@@ -210,29 +135,6 @@ def test_steps_are_compared_with_the_baseline(project_root, plan):
     assert table.loc["K = 1", "difference to VAE, own"] == "+0.50 [+0.50, +0.50]"
     assert table.loc["K = 4", "difference to VAE, neutral"] == "+1.00 (one seed)"
     assert (table.loc["M = 2"].drop("method") == "missing").all()
-
-
-def test_rank_correlations_are_those_of_rows_that_have_both(project_root):
-    rows = [fake_row("gpvae", seed, [1.0, 2.0, 3.0, 4.0]) for seed in (0, 1)]
-    gap, variance = np.array([1.0, 2.0, 4.0, 3.0]), np.array([4.0, 3.0, 2.0, 1.0])
-    arrays = {"elbo": -gap, "elbo_optimised": np.zeros(4), "q_var": variance}
-    store = store_rows("t", rows, **arrays)
-    assert rank_correlations(store, rows, "minus_elbo") == pytest.approx([1.0, 1.0])
-    assert rank_correlations(store, rows, "minus_q_var") == pytest.approx([0.8, 0.8])
-    assert rank_correlations(store, rows, "f_var") == []
-    with_px = per_image(store, rows[0])
-    np.testing.assert_allclose(with_px["inference_gap"], with_px["log_px"] + gap)
-
-
-def test_calibration_table(project_root):
-    plan = gpvae.Profile("t", gpvae.RunConfig(), seeds=(0, 1, 2))
-    rows = [fake_row("gpvae", s, [1.0, 2.0, 3.0, 4.0]) for s in (0, 1)]
-    arrays = {"elbo": np.zeros(4), "elbo_optimised": np.array([8.0, 16.0, 24.0, 32.0])}
-    store = store_rows("t", rows, **arrays, expected_gap=np.array([0.1, 0.2, 0.3, 0.4]))
-    gaussian, bernoulli = calibration_table(plan, store, rows).to_dict("records")
-    assert gaussian["observed gap / (2 × expected gap)"] == "40 [40, 40]"
-    assert gaussian["seeds"] == "2 of 3 (missing: 2)"
-    assert set(bernoulli.values()) == {"bernoulli", "missing"}
 
 
 def test_search_table_names_the_choice_the_failures_and_what_is_missing(project_root):

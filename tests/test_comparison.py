@@ -1,4 +1,4 @@
-"""Ranks over data sets, fronts, calibration and outliers from numbers whose answer is known."""
+"""Ranks over data sets, costs and fronts from numbers whose answer is known."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from rows import fake_row, store_rows
 
 import gpvae
 from gpvae import comparison
-from gpvae.analysis import calibration, outlier_table
 from gpvae.errors import DataError
-from gpvae.results import Results
-from gpvae.stats import Interval, auroc
+from gpvae.stats import Interval
 
 
 def block(**values):
@@ -148,36 +146,3 @@ def test_blocks_of_several_versions_are_refused(project_root):
     store_rows("rivals", rows)
     with pytest.raises(DataError, match="code_hash"):
         comparison.blocks([gpvae.get_profile("rivals")], "log_likelihood")
-
-
-def test_auroc():
-    assert auroc(np.array([1, 2]), np.array([3, 4])) == 1
-    assert auroc(np.array([3, 4]), np.array([1, 2])) == 0
-    assert auroc(np.array([1.0, 3.0]), np.array([2.0, 3.0])) == pytest.approx(2.5 / 4)
-
-
-def test_outliers_with_a_larger_score_or_a_smaller_bound(project_root):
-    plan = gpvae.Profile("t", gpvae.RunConfig(), outputs=("gaussian",), seeds=(0, 1))
-    rows = [fake_row(e, s, [1.0, 2.0]) for e in ("vae", "gpvae") for s in (0, 1)]
-    bound = Results("t").arrays(store_rows("t", rows) and rows[0])["elbo"]
-    more = {"outlier_elbo": bound - 10, "f_var": np.array([0.1, 0.2])}
-    more |= {"outlier_f_var": np.array([0.0, 0.15])}
-    store = store_rows("t", rows, **more)
-    table = outlier_table(plan, store, rows).set_index("score")["AUROC"]
-    assert list(table.index) == ["Var f", "−ELBO of GPVAE", "−ELBO of VAE"]
-    assert table["−ELBO of VAE"].startswith("1.000") and table["Var f"].startswith("0.250")
-    assert outlier_table(plan, store_rows("u", rows), rows).empty
-
-
-def test_calibration_groups_images_by_what_is_expected(project_root):
-    expected = np.array([0.3, 0.1, 0.4, 0.2])
-    rows = [fake_row("gpvae", s, [1.0, 2.0, 3.0, 4.0]) for s in (0, 1)]
-    store = store_rows("t", rows, expected_gap=expected)
-    a = store.arrays(rows[0])
-    gap = a["elbo_optimised"] - a["elbo"]
-    centres, observed = calibration(store, rows, bins=2)
-    np.testing.assert_allclose(centres, [0.3, 0.7])  # two draws: twice the score
-    assert observed[0].value == pytest.approx(gap[[1, 3]].mean())
-    assert observed[1].value == pytest.approx(gap[[0, 2]].mean())
-    none = calibration(store_rows("u", rows), rows, bins=2)
-    assert np.isnan(none[0]).all() and none[1][0].n == 0

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from gpvae import plots
-from gpvae.analysis import POLICIES, Decomposition
+from gpvae.analysis import Decomposition
 from gpvae.config import METHODS
+from gpvae.selective import POLICIES
 from gpvae.stats import Interval, mean_interval
 
 
