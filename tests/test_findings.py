@@ -112,6 +112,31 @@ def test_estimates_that_are_missing_are_no_support(project_root):
     assert "gaussian, both proposals: GPVAE − VAE = missing" in found.evidence
 
 
+def test_a_rival_without_the_estimate_is_missing_though_the_others_are_beaten(project_root):
+    """HF's rows have no estimate by both proposals, and IAF is beaten by every proposal."""
+    profile = replace(plan(), encoders=("vae", "gpvae", "iaf", "hf"), outputs=("gaussian",))
+    gains = {("vae", "gaussian"): 0.0, ("gpvae", "gaussian"): 1.0}
+    _, rows = stored(gains | {(rival, "gaussian"): 0.5 for rival in ("iaf", "hf")})
+    for row in rows:
+        if "-hf" in row["name"]:
+            del row["log_px"]
+    store = store_rows("t", rows)
+    found = findings.likelihood(profile, store, rows)
+    assert found.answers == ("in support", "in support", "in support", LACKS)
+    (line,) = findings.summary(profile).to_dict("records")
+    assert line["GPVAE − best rival, both proposals"].startswith("IAF: +0.50 [")
+
+
+def test_summary_says_over_how_many_seeds_the_best_rival_is_compared(project_root):
+    _, rows = stored(every((1.0, 1.0), (0.5, 0.5)))
+    lost = [r for r in rows if "gaussian" in r["name"] and "iaf" in r["name"] and r["seed"] == 2]
+    rest = [row for row in rows if row not in lost]
+    store_rows("u", rest)
+    gaussian, bernoulli = findings.summary(replace(plan(), name="u")).to_dict("records")
+    assert gaussian["GPVAE − best rival, own proposal"].endswith("] (2 seeds)")
+    assert bernoulli["GPVAE − best rival, own proposal"].endswith("]")
+
+
 def test_no_claim_holds_once_a_row_is_gone(project_root):
     """Every claim holds on the whole evidence; without any part of it none does."""
     gap = {"elbo": VALUES, "elbo_optimised": VALUES + np.array([1.0, 3.0, 2.0, 4.0])}
@@ -155,6 +180,9 @@ def test_speed_claim_compares_with_refinement():
     assert both.verdict == IN_PART and len(both.evidence) == 2 and "loom" in both.evidence[1]
     slow = [bench_row("gpvae, batch 9", 8.0), bench_row("savae4, batch 9", 12.0)]
     assert findings.speed(rows + slow).verdict == IN_PART
+    step = [row | {"section": "training"} for row in slow]
+    unmeasured = bench_row("gpvae, batch 7", None)
+    assert findings.speed([*rows, *step, unmeasured]) == found
     alone = findings.speed([*rows, slow[0]])  # nothing to compare the second batch with
     assert alone.verdict == IN_PART and alone.evidence[1].endswith("SA-VAE with 4 steps missing")
 
