@@ -18,6 +18,7 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from gpvae import events, paths
 from gpvae.analysis import SYMBOLS, Decomposition
+from gpvae.profiles import NOISELESS
 from gpvae.regimes import Setting
 from gpvae.selective import POLICIES, Refinement
 from gpvae.stats import Interval
@@ -222,8 +223,9 @@ def regime_panels(regimes: Mapping[str, Sequence[Setting]]) -> Figure:
     for ax, (name, settings) in zip(axes.flat, regimes.items(), strict=False):
         shown = {_brief(name, setting): setting.difference for setting in settings}
         forest(ax, shown, {label: COLOURS["gpvae"] for label in shown})
-        ax.set(title=name.replace("-", " "), xlabel="log p(x), GPVAE − VAE (nats)")
+        ax.set_title(name.replace("-", " "))
         ax.tick_params(labelbottom=True)
+    figure.supxlabel("log p(x), GPVAE − VAE (nats)")
     for ax in axes.flat[len(regimes) :]:
         ax.remove()
     return figure
@@ -235,8 +237,11 @@ def _brief(name: str, setting: Setting) -> str:
     main = [part for part in parts if part.startswith(name.replace("-", "_"))] or parts[:1]
     rest = [part for part in parts if part not in main]
     rest = [part.replace("temperature", "τ").removeprefix("bound = ") for part in rest]
+    shut = f"initial_std = {NOISELESS['model.gp.initial_std']}"
+    rest = [part.replace(shut, "no noise") for part in rest]
     text = ", ".join([part.split(" = ", 1)[1] for part in main] + rest)
-    return text + " (control)" * setting.is_control
+    gap = "\n" if len(text) > 6 else " "
+    return text + f"{gap}(control)" * setting.is_control
 
 
 def interval_line(

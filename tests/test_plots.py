@@ -8,9 +8,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+import gpvae
 from gpvae import plots
 from gpvae.analysis import Decomposition
 from gpvae.config import METHODS
+from gpvae.profiles import NOISELESS
+from gpvae.regimes import Setting, label
 from gpvae.selective import POLICIES
 from gpvae.stats import Interval, mean_interval
 
@@ -107,6 +110,31 @@ def test_ranks_show_every_block_and_a_difference_only_where_there_is_one(ax):
     assert "critical difference" not in drawn
     plots.rank_lines(ax, ranks, blocks, 3.0)
     assert ax.lines[-1].get_xdata().tolist() == [1.5, 4.5]
+
+
+def test_regime_panels_name_a_setting_by_what_the_panel_does_not_say():
+    def setting(changes, interval):
+        config = gpvae.RunConfig().override({"model.encoder": "gpvae", **changes})
+        return Setting(label(changes), config, interval)
+
+    key = "model.gp.temperature"
+    figure = plots.regime_panels(
+        {
+            "temperature": [
+                setting(NOISELESS, known(1.0)),
+                setting({key: 0.0}, known(2.0)),
+                setting({key: 1.0}, mean_interval([])),
+            ],
+            "train-size": [setting({"data.train_size": 100, key: 0.1}, known(3.0))],
+        }
+    )
+    first, second = figure.axes
+    names = ["0.0, no noise\n(control)", "0.0 (control)", "1.0"]
+    assert [tick.get_text() for tick in first.get_yticklabels()] == names
+    assert [tick.get_text() for tick in second.get_yticklabels()] == ["100, τ = 0.1"]
+    assert texts(first) == ["missing"]
+    assert figure.get_supxlabel() == "log p(x), GPVAE − VAE (nats)"
+    plt.close(figure)
 
 
 @pytest.mark.parametrize(("high", "count"), [(8e-3, 2), (2e-2, 2), (9e-2, 3), (2e-1, 2)])
