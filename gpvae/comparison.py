@@ -23,7 +23,8 @@ from scipy import stats
 from gpvae import paths
 from gpvae.bench.report import place
 from gpvae.config import RunConfig, from_dict
-from gpvae.profiles import CPU_PRESETS, Profile, get_profile
+from gpvae.presets import CPU_PRESETS
+from gpvae.profiles import Profile, get_profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval
 from gpvae.stored import find_rows

@@ -18,11 +18,11 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from gpvae import events, paths
 from gpvae.analysis import SYMBOLS, Decomposition
-from gpvae.profiles import NOISELESS
 from gpvae.regimes import Setting
 from gpvae.selective import POLICIES, Refinement
 from gpvae.stats import Interval
 from gpvae.tables import LABELS, MISSING
+from gpvae.variations import NOISELESS
 
 COLUMN, TEXT = 3.4, 7.0  # widths in inches
 _PALETTE = sns.color_palette("colorblind")

@@ -46,6 +46,7 @@ NOT_NUMERICAL = {
     "notebooks",
     "paths",
     "plots",
+    "presets",
     "processes",
     "profiles",
     "regimes",
@@ -58,6 +59,7 @@ NOT_NUMERICAL = {
     "sweep_command",
     "tables",
     "train_command",
+    "variations",
 }
 
 

@@ -20,7 +20,7 @@ from gpvae.analysis import (
     step_differences,
     step_table,
 )
-from gpvae.profiles import VALIDATION
+from gpvae.variations import VALIDATION
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 import gpvae
 from gpvae.config import METHODS, RunConfig, differences, from_dict
 from gpvae.errors import ConfigError
-from gpvae.profiles import PROFILES, VALIDATION
+from gpvae.profiles import PROFILES
+from gpvae.variations import VALIDATION
 
 
 def leaves(tree, prefix=""):
@@ -190,7 +191,7 @@ def test_at_least_five_seeds_where_it_counts():
 
 def test_presets_cover_the_data_sets_at_both_dimensions():
     from gpvae.data import names
-    from gpvae.profiles import PRESETS
+    from gpvae.presets import PRESETS
 
     found = {(c.data.name, c.model.latent_dim) for c in PRESETS.values()}
     sets = set(names()) - {"digits", "omniglot-images"}

@@ -12,10 +12,10 @@ import gpvae
 from gpvae import plots
 from gpvae.analysis import Decomposition
 from gpvae.config import METHODS
-from gpvae.profiles import NOISELESS
 from gpvae.regimes import Setting, label
 from gpvae.selective import POLICIES
 from gpvae.stats import Interval, mean_interval
+from gpvae.variations import NOISELESS
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from rows import fake_row, store_rows
 
 import gpvae
 from gpvae import regimes
-from gpvae.profiles import NOISELESS
 from gpvae.stats import Interval
+from gpvae.variations import NOISELESS
 
 VALUES = np.array([1.0, 2.0, 3.0, 5.0])
 RANDOM = {"relative_f_var": np.array([0.1, 0.3, 0.2, 0.4])}
