@@ -106,6 +106,26 @@ def tiny_config() -> gpvae.RunConfig:
 
 
 @pytest.fixture
+def config(tiny_config) -> gpvae.RunConfig:
+    """Two epochs on forty digits, without gaps: a row in a fraction of a second."""
+    return tiny_config.override(
+        **{
+            "data.train_size": 40,
+            "data.valid_size": 20,
+            "data.test_size": 12,
+            "training.epochs": 2,
+            "evaluation.gaps": False,
+        }
+    )
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    """What a log is told."""
+    return []
+
+
+@pytest.fixture
 def project_root(tmp_path, monkeypatch):
     """An empty folder for results and figures."""
     monkeypatch.setenv("GPVAE_ROOT", str(tmp_path))

@@ -19,24 +19,6 @@ from gpvae.experiment import run, run_all
 from gpvae.results import Results, append_json_line, read_json_lines
 
 
-@pytest.fixture
-def config(tiny_config):
-    return tiny_config.override(
-        **{
-            "data.train_size": 40,
-            "data.valid_size": 20,
-            "data.test_size": 12,
-            "training.epochs": 2,
-            "evaluation.gaps": False,
-        }
-    )
-
-
-@pytest.fixture
-def lines():
-    return []
-
-
 def test_row_holds_everything_that_made_it(project_root, config, lines):
     row = run(config, "t", log=lines.append)
     assert row["config"] == config.to_dict()

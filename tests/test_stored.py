@@ -20,24 +20,6 @@ from gpvae.tables import save_rows
 
 
 @pytest.fixture
-def config(tiny_config):
-    return tiny_config.override(
-        **{
-            "data.train_size": 40,
-            "data.valid_size": 20,
-            "data.test_size": 12,
-            "training.epochs": 2,
-            "evaluation.gaps": False,
-        }
-    )
-
-
-@pytest.fixture
-def lines():
-    return []
-
-
-@pytest.fixture
 def nothing_trains(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("trained something")
