@@ -67,7 +67,7 @@ def evidence_profiles() -> list[Profile]:
 
 
 def blocks(profiles: Sequence[Profile], quantity: str) -> dict[str, dict[str, float]]:
-    """For each data set the mean rank of every method over its outputs and latent dimensions.
+    """For each data set the mean rank of every method over its outputs, dimensions and budgets.
 
     A block needs a row of every method and seed of its profile; an output that lacks some is left
     out, and a data set that has none left. A block's name says what went into it.
@@ -88,7 +88,10 @@ def blocks(profiles: Sequence[Profile], quantity: str) -> dict[str, dict[str, fl
                 values = {e: mean_of(own, quantity).value for e, own in methods.items()}
                 name = profile.base.data.name
                 ranks[name].append(_ranks(values))
-                parts[name].append(f"{output}, D = {profile.base.model.latent_dim}")
+                part = f"{output}, D = {profile.base.model.latent_dim}"
+                if part in parts[name]:
+                    part += f", {profile.base.training.epochs} epochs"
+                parts[name].append(part)
                 used += [row for own in methods.values() for row in own]
     check_one_version(used)
     return {

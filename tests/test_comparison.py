@@ -124,8 +124,11 @@ def test_outputs_of_a_data_set_are_one_block_and_incomplete_ones_none(project_ro
     assert found == {"digits (gaussian, D = 10)": block}
 
 
-def test_latent_dimensions_of_a_data_set_are_one_block(project_root):
-    plans = [gpvae.get_profile(f"cpu/{name}") for name in ("mnist", "mnist-d50")]
+@pytest.mark.parametrize(
+    ("other", "part"), [("d50", "gaussian, D = 50"), ("long", "gaussian, D = 20, 120 epochs")]
+)
+def test_dimensions_and_budgets_of_a_data_set_are_one_block(project_root, other, part):
+    plans = [gpvae.get_profile(f"cpu/{name}") for name in ("mnist", f"mnist-{other}")]
     for profile, sign in zip(plans, (1, -1), strict=True):
         order = list(profile.encoders)
         rows = [
@@ -135,8 +138,8 @@ def test_latent_dimensions_of_a_data_set_are_one_block(project_root):
         ]
         store_rows(profile.name, rows)
     ((name, block),) = comparison.blocks(plans, "log_likelihood").items()
-    assert name == "mnist (gaussian, D = 20; gaussian, D = 50)"
-    middle = (len(block) + 1) / 2  # the order of one dimension is that of the other, reversed
+    assert name == f"mnist (gaussian, D = 20; {part})"
+    middle = (len(block) + 1) / 2  # the order of one profile is that of the other, reversed
     assert block == dict.fromkeys(plans[0].encoders, middle)
 
 
