@@ -320,8 +320,9 @@ def refinement_curves(ax: Axes, refinement: Refinement, each: int) -> None:
 
 
 def scatter(ax: Axes, x: np.ndarray, y: np.ndarray, encoder: str) -> None:
-    """Per-image scatter in the method's colour."""
+    """Per-image scatter in the method's colour, for narrow panels."""
     ax.plot(x, y, ".", color=COLOURS[encoder], alpha=0.5, ms=3, mew=0)
+    ax.locator_params(axis="x", nbins=3)  # numbers of thousands would overlap
 
 
 def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) -> None:
