@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
 
 from gpvae import events, paths
 from gpvae.analysis import SYMBOLS, Decomposition
@@ -399,10 +399,13 @@ def rank_lines(
 
 
 def log_ticks(axis: Axis) -> None:
-    """Number a logarithmic axis, after drawing, so that there are two to five numbers."""
+    """Number a logarithmic axis, after drawing, with the fewest round numbers that are two."""
     low, high = axis.get_view_interval()
-    powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
-    subs = (1,) if powers > 1 else (1, 3) if high > 10 * low else (1, 2, 5)
-    axis.set_major_locator(LogLocator(subs=subs))
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    axis.set_major_locator(MaxNLocator(2))  # of a range that holds no two round numbers
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), range(1, 10)):
+        if sum(low <= digit * 10.0**power <= high for digit in digits for power in powers) > 1:
+            axis.set_major_locator(LogLocator(subs=digits))
+            break
     axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
     axis.set_minor_formatter("")

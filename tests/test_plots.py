@@ -137,11 +137,22 @@ def test_regime_panels_name_a_setting_by_what_the_panel_does_not_say():
     plt.close(figure)
 
 
-@pytest.mark.parametrize(("high", "count"), [(8e-3, 2), (2e-2, 2), (9e-2, 3), (2e-1, 2)])
-def test_a_short_logarithmic_axis_has_a_few_numbers(ax, high, count):
-    ax.set(xscale="log", xlim=(1.2e-3, high))
+@pytest.mark.parametrize(
+    ("low", "high", "count"),
+    [
+        (1.2e-3, 8e-3, 2),
+        (1.2e-3, 2e-2, 2),
+        (1.2e-3, 9e-2, 3),
+        (1.2e-3, 2e-1, 2),
+        (2.3e-2, 5.5e-2, 2),  # 3 and 5
+        (3.5e-2, 5.5e-2, 2),  # 4 and 5
+        (3.1e-2, 3.9e-2, 2),  # no round number
+    ],
+)
+def test_a_short_logarithmic_axis_has_a_few_numbers(ax, low, high, count):
+    ax.set(xscale="log", xlim=(low, high))
     plots.log_ticks(ax.xaxis)
     ax.figure.canvas.draw()
-    shown = [t for t in ax.get_xticklabels() if 1.2e-3 < t.get_position()[0] < high]
+    shown = [t for t in ax.get_xticklabels() if low < t.get_position()[0] < high]
     assert len(shown) == count and all(t.get_text() for t in shown)
     assert not any(t.get_text() for t in ax.get_xticklabels(minor=True))
