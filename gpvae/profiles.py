@@ -207,7 +207,6 @@ def _profiles() -> dict[str, Profile]:
             "rivals",
             digits,
             encoders=METHODS,
-            seeds=(0, 1, 2),
             settings=DIGITS_SETTINGS,
             variations={
                 "steps": step_counts(),
