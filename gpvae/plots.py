@@ -18,7 +18,7 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
 
 from gpvae import events, paths
 from gpvae.analysis import SYMBOLS, Decomposition
-from gpvae.regimes import Setting
+from gpvae.regimes import Setting, parts
 from gpvae.selective import POLICIES, Refinement
 from gpvae.stats import Interval
 from gpvae.tables import LABELS, MISSING
@@ -232,16 +232,22 @@ def regime_panels(regimes: Mapping[str, Sequence[Setting]]) -> Figure:
 
 
 def _brief(name: str, setting: Setting) -> str:
-    """A setting's label without the name of what the panel is about."""
-    parts = setting.label.split(", ")
-    main = [part for part in parts if part.startswith(name.replace("-", "_"))] or parts[:1]
-    rest = [part for part in parts if part not in main]
-    rest = [part.replace("temperature", "τ").removeprefix("bound = ") for part in rest]
-    shut = f"initial_std = {NOISELESS['model.gp.initial_std']}"
-    rest = [part.replace(shut, "no noise") for part in rest]
-    text = ", ".join([part.split(" = ", 1)[1] for part in main] + rest)
+    """A setting without the name of the option that the panel is about, on two lines if long."""
+    values = parts(setting.changes)
+    about = name.replace("-", "_")
+    about = about if about in values else next(iter(values))
+    others = [_brief_part(option, value) for option, value in values.items() if option != about]
+    text = ", ".join([values[about], *others])
     gap = "\n" if len(text) > 6 else " "
     return text + f"{gap}(control)" * setting.is_control
+
+
+def _brief_part(option: str, value: str) -> str:
+    if option == "bound":
+        return value
+    if option == "initial_std" and value == str(NOISELESS["model.gp.initial_std"]):
+        return "no noise"
+    return f"{'τ' if option == 'temperature' else option} = {value}"
 
 
 def interval_line(

@@ -36,19 +36,23 @@ class Setting:
     """One setting of one option, and what GPVAE gains there.
 
     Args:
-        label: what it changes, such as `features = 400`.
+        changes: what is set, by dotted key.
         config: GPVAE's configuration, with the first seed.
         difference: GPVAE - VAE.
     """
 
-    label: str
+    changes: Mapping[str, Any]
     config: RunConfig
     difference: Interval
 
     @property
+    def label(self) -> str:
+        """What it changes, such as `features = 400`."""
+        return label(self.changes)
+
+    @property
     def is_control(self) -> bool:
-        """Whether nothing holds the weights' posterior open: a larger encoder with little noise."""
-        return self.config.model.gp.temperature == 0.0
+        return _is_control(self.config)
 
 
 def names(profile: Profile) -> list[str]:
@@ -78,7 +82,7 @@ def regime(profile: Profile, results: Results, rows: Sequence[Row], name: str) -
         base = select(rows, profile.setting(name, same)) if same in settings else usual
         runs = profile.setting(name, changes)
         difference = paired(results, select(rows, runs), base, "log_likelihood")
-        found.append(Setting(label(changes), runs[0], difference))
+        found.append(Setting(changes, runs[0], difference))
     return found
 
 
@@ -97,19 +101,22 @@ def widths(profile: Profile, results: Results, rows: Sequence[Row]) -> list[Sett
         where = results if plan is profile else Results(plan.name)
         difference = paired(where, methods["gpvae"], methods["vae"], "log_likelihood")
         config = next(run for run in runs if run.model.encoder == "gpvae")
-        hidden = "-".join(map(str, config.model.hidden))
-        found.append(Setting(f"hidden = {hidden}", config, difference))
+        found.append(Setting({"model.hidden": config.model.hidden}, config, difference))
     return sorted(found, key=lambda setting: sum(setting.config.model.hidden))
 
 
-def label(changes: Mapping[str, Any]) -> str:
-    """What a setting changes, such as `features = 400`; the encoder goes without saying."""
-    parts = [
-        f"{key.rsplit('.', 1)[1]} = {value}"
+def parts(changes: Mapping[str, Any]) -> dict[str, str]:
+    """The value of each option that a setting changes; the encoder goes without saying."""
+    return {
+        key.rsplit(".", 1)[1]: "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
         for key, value in changes.items()
         if key != "model.encoder"
-    ]
-    return ", ".join(parts)
+    }
+
+
+def label(changes: Mapping[str, Any]) -> str:
+    """What a setting changes, such as `features = 400`."""
+    return ", ".join(f"{option} = {value}" for option, value in parts(changes).items())
 
 
 def table(regimes: Mapping[str, Sequence[Setting]], seeds: Sequence[int]) -> pd.DataFrame:
@@ -184,16 +191,16 @@ def worth_of_noise(profile: Profile, results: Results, rows: Sequence[Row]) -> d
     posterior open, so that it shrinks as far as training takes it. Its size stays; so this is what
     the noise that is gone adds, whatever the size adds. `shares` tells how much noise is left.
     """
-    key = "model.gp.temperature"
-    settings = profile.variations.get("temperature", ())
-    usual = [changes for changes in settings if changes[key] == 1.0]
-    own = select(rows, profile.setting("temperature", usual[0])) if usual else []
+    runs = {
+        label(changes): profile.setting("temperature", changes)
+        for changes in profile.variations.get("temperature", ())
+    }
+    usual = [own for own in runs.values() if own[0].model.gp.temperature == 1.0]
+    own = select(rows, usual[0]) if usual else []
     worth = {
-        label(changes): paired(
-            results, own, select(rows, profile.setting("temperature", changes)), "log_likelihood"
-        )
-        for changes in settings
-        if changes[key] == 0.0
+        name: paired(results, own, select(rows, control), "log_likelihood")
+        for name, control in runs.items()
+        if _is_control(control[0])
     }
     return {name: interval for name, interval in worth.items() if interval.n}
 
@@ -262,6 +269,11 @@ def scaling_slopes(shares: pd.DataFrame) -> dict[str, Interval]:
             if len(steps):
                 found.setdefault(f"N, {low} to {high}", []).append(float(steps.mean()))
     return {name: mean_interval(values) for name, values in found.items()}
+
+
+def _is_control(config: RunConfig) -> bool:
+    """Whether nothing holds the weights' posterior open: a larger encoder with little noise."""
+    return config.model.gp.temperature == 0.0
 
 
 def _only(base: RunConfig, run: RunConfig, keys: set[str]) -> bool:

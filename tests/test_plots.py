@@ -12,7 +12,7 @@ import gpvae
 from gpvae import plots
 from gpvae.analysis import Decomposition
 from gpvae.config import METHODS
-from gpvae.regimes import Setting, label
+from gpvae.regimes import Setting
 from gpvae.selective import POLICIES
 from gpvae.stats import Interval, mean_interval
 from gpvae.variations import NOISELESS
@@ -115,7 +115,7 @@ def test_ranks_show_every_block_and_a_difference_only_where_there_is_one(ax):
 def test_regime_panels_name_a_setting_by_what_the_panel_does_not_say():
     def setting(changes, interval):
         config = gpvae.RunConfig().override({"model.encoder": "gpvae", **changes})
-        return Setting(label(changes), config, interval)
+        return Setting(changes, config, interval)
 
     key = "model.gp.temperature"
     figure = plots.regime_panels(

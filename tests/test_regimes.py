@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,7 +49,7 @@ def test_a_regime_is_compared_with_the_vae_of_the_same_setting(project_root):
 def setting(value, n=3, **changes):
     """A setting of GPVAE with an interval of one nat to each side."""
     config = gpvae.RunConfig().override({"model.encoder": "gpvae", **changes})
-    return regimes.Setting("x", config, Interval(value, value - 1, value + 1, n))
+    return regimes.Setting(changes, config, Interval(value, value - 1, value + 1, n))
 
 
 def test_a_setting_of_several_variations_counts_once_and_the_control_not_at_all():
@@ -59,21 +61,25 @@ def test_a_setting_of_several_variations_counts_once_and_the_control_not_at_all(
     assert "2 intervals lie above zero and 1 below" in text and "2 means are positive" in text
     assert regimes.count({"a": [lone]}).startswith("0 different settings")
     table = regimes.table({"b": [less, control]}, (0, 1, 2, 3))
-    assert list(table.setting) == ["x", "x (control)"] and list(table.seeds) == ["3 of 4"] * 2
+    assert (
+        list(table.setting) == ["rank = 2", "temperature = 0.0 (control)"]
+        and list(table.seeds) == ["3 of 4"] * 2
+    )
 
 
 def test_an_interval_that_ends_at_zero_is_neither_above_nor_below():
-    ends = {"up": (0.01, 0.03), "down": (-0.03, -0.01), "from": (0.0, 0.02), "to": (-0.02, 0.0)}
+    ends = ((0.01, 0.03), (-0.03, -0.01), (0.0, 0.02), (-0.02, 0.0))
     settings = [
-        regimes.Setting(name, setting(0.0, **{"model.gp.rank": i}).config, Interval(value, *at, 2))
-        for i, (name, at) in enumerate(ends.items(), 1)
-        for value in [sum(at) / 2]
+        replace(setting(0.0, **{"model.gp.rank": rank}), difference=Interval(sum(at) / 2, *at, 2))
+        for rank, at in enumerate(ends, 1)
     ]
     text = regimes.sentence("rank", settings)
-    assert text.endswith("+0.02 [+0.01, +0.03] nats; above the VAE at up; below it at down")
+    assert text.endswith(
+        "+0.02 [+0.01, +0.03] nats; above the VAE at rank = 1; below it at rank = 2"
+    )
     text = regimes.count({"rank": settings})
     assert "1 interval lies above zero and 1 below" in text and "2 means are positive" in text
-    no_gain = regimes.Setting("same", settings[0].config, Interval(0.0, -0.5, 0.5, 2))
+    no_gain = replace(settings[0], difference=Interval(0.0, -0.5, 0.5, 2))
     assert "0 means are positive" in regimes.count({"rank": [no_gain]})
 
 
