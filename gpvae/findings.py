@@ -311,6 +311,37 @@ def summary(profile: Profile) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def against(profile: Profile) -> dict[tuple[str, str], dict[str, Interval]]:
+    """GPVAE minus each other method in log p(x), by output and proposal, in nats per image with 95%
+    over seeds. An interval from no pair of seeds (`n` is 0) stands for what is missing.
+
+    Raises:
+        DataError: rows of several versions.
+    """
+    rows, results = find_rows(profile.runs(), profile.name), Results(profile.name)
+    check_one_version(rows)
+    return {
+        (output, word): {
+            encoder: paired(results, methods["gpvae"], own, key)
+            for encoder, own in methods.items()
+            if encoder != "gpvae"
+        }
+        for output in profile.outputs
+        for methods in [_methods(profile, output, rows)]
+        for word, key in JUDGED.items()
+    }
+
+
+def against_table(found: Mapping[tuple[str, str, str], Mapping[str, Interval]]) -> pd.DataFrame:
+    """A line for each profile, output and proposal, a column for each method; see `against`."""
+    lines = [
+        {"profile": profile, "output": output, "proposal": word.split()[0]}
+        | {f"GPVAE − {LABELS[e]}": format_interval(each, "+") for e, each in line.items()}
+        for (profile, output, word), line in found.items()
+    ]
+    return pd.DataFrame(lines).fillna(MISSING)
+
+
 PUBLISHED = {1: -86.76, 50: -84.78}  # nats, Burda et al. (2016), table 1, one layer, S = 5000
 PUBLISHED_EPOCHS, PUBLISHED_BATCH, PUBLISHED_STEP = 3280, 20, 1e-3
 

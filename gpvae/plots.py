@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,13 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
 
 from gpvae import events, paths
 from gpvae.analysis import SYMBOLS, Decomposition
 from gpvae.regimes import Setting, parts
 from gpvae.selective import POLICIES, Refinement
-from gpvae.stats import Interval
+from gpvae.stats import Interval, mean_interval
 from gpvae.tables import LABELS, MISSING
 from gpvae.variations import NOISELESS
 
@@ -39,6 +41,8 @@ COLOURS = {
     "exact": (0.25, 0.25, 0.25),
 }
 GAP_COLOURS = {"approximation gap": "0.75", "amortization gap": _PALETTE[1]}
+_SIDES = {"above": _PALETTE[0], "below": _PALETTE[1]}
+SIDE_COLOURS = {side: sns.light_palette(colour, 5)[2] for side, colour in _SIDES.items()}
 # A small remark in a panel, readable over the lines that it covers.
 NOTE = {"color": "0.5", "fontsize": 6, "zorder": 3}
 NOTE |= {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
@@ -402,6 +406,39 @@ def rank_lines(
     ax.set_yticks(range(len(ranks)), [LABELS[encoder] for encoder in ranks])
     ax.set_ylim(len(ranks) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
+
+
+def difference_matrix(ax: Axes, lines: Mapping[str, Mapping[str, Interval]]) -> None:
+    """GPVAE minus each method (columns) in each line of `lines`, coloured by the side of zero on
+    which its whole interval lies. Grey numbers are of one seed, a dash is missing.
+    """
+    encoders = max(lines.values(), key=len)
+    for (y, line), (x, encoder) in product(enumerate(lines.values()), enumerate(encoders)):
+        difference = line.get(encoder, mean_interval([]))
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, ec="0.85", fc=_side_colour(difference)))
+        digits = sum(abs(difference.value) < limit for limit in (1, 100))
+        text = f"{difference.value:+.{digits}f}" if difference.n else "–"
+        style = {"ha": "center", "va": "center", "color": "0.1" if difference.n > 1 else "0.5"}
+        ax.text(x, y, text, fontsize=6, **style)
+    ax.set_xlim(-0.5, len(encoders) - 0.5)
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.set_xticks(range(len(encoders)), [LABELS[encoder] for encoder in encoders], rotation=45)
+    ax.set_yticks(range(len(lines)), list(lines))
+    ax.grid(visible=False)
+
+
+def _side_colour(difference: Interval) -> object:
+    if difference.low > 0:
+        return SIDE_COLOURS["above"]
+    return SIDE_COLOURS["below"] if difference.high < 0 else "white"
+
+
+def side_legend(figure: Figure) -> None:
+    """The colours of `difference_matrix`, below everything."""
+    sides = SIDE_COLOURS.items()
+    patches = [Patch(fc=colour, ec="0.7", label=f"GPVAE {side}") for side, colour in sides]
+    level = Patch(fc="white", ec="0.7", label="not told apart, or missing (–)")
+    figure.legend(handles=[*patches, level], loc="outside lower center", ncols=3)
 
 
 def log_ticks(axis: Axis) -> None:

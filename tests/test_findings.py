@@ -265,6 +265,27 @@ def test_summary_has_a_line_for_each_output_with_rows(project_root):
     assert set(gaussian) == set(bernoulli)
 
 
+def test_every_method_is_compared_in_every_output(project_root):
+    _, rows = stored(every((1.0, 0.0), (0.5, 3.0)))
+    store_rows("u", [r for r in rows if not ("bernoulli" in r["name"] and "iaf" in r["name"])])
+    found = findings.against(replace(plan(), name="u"))
+    assert list(found) == [(o, w) for o in plan().outputs for w in findings.JUDGED]
+    own = found["gaussian", "own proposal"]
+    assert list(own) == ["vae", "iaf"]
+    assert (own["vae"].value, own["iaf"].value) == pytest.approx((1.01, 0.5))
+    assert found["bernoulli", "both proposals"]["vae"].value == pytest.approx(0.0)
+    assert found["bernoulli", "both proposals"]["iaf"].n == 0
+    table = findings.against_table({("u", *key): line for key, line in found.items()})
+    assert list(table.columns) == ["profile", "output", "proposal", "GPVAE − VAE", "GPVAE − IAF"]
+    assert list(table.proposal) == ["own", "both"] * 2
+    assert [cell[:5] for cell in table["GPVAE − IAF"]] == ["+0.50", "+0.50", "missi", "missi"]
+    other = findings.against_table(
+        {("v", "gaussian", "own proposal"): {"vae": own["vae"]}}
+        | {("u", *key): line for key, line in found.items()}
+    )
+    assert other["GPVAE − IAF"][0] == "missing"
+
+
 def test_literature_says_what_each_run_had_and_what_was_not_run(project_root):
     (job,) = [c for c in gpvae.get_profile("burda").jobs() if c.model.importance_samples == 1]
     row = fake_row("vae", 0, VALUES, row={"name": job.name, "epochs": 123})

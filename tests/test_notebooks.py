@@ -29,6 +29,7 @@ NOT_IN_SMOKE = {
     "04_cost_front",
     "06_ranks",
     "06_summary",
+    "06_against",
     "06_literature",
 }
 README = (paths.CHECKOUT / "README.md").read_text("utf-8")

@@ -7,6 +7,7 @@ import math
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 import gpvae
 from gpvae import plots
@@ -110,6 +111,25 @@ def test_ranks_show_every_block_and_a_difference_only_where_there_is_one(ax):
     assert "critical difference" not in drawn
     plots.rank_lines(ax, ranks, blocks, 3.0)
     assert ax.lines[-1].get_xdata().tolist() == [1.5, 4.5]
+
+
+def test_a_matrix_colours_only_what_lies_on_one_side_of_zero(ax):
+    """And numbers what is there: two digits below one nat, none above a hundred."""
+    lone, none = Interval(2.0, math.nan, math.nan, 1), mean_interval([])
+    lines = {
+        "a": {"vae": known(0.5), "me": known(-12.34), "iaf": known(0.05), "svi": lone},
+        "b": {"vae": known(-123.4), "me": none, "svi": Interval(0.1, 0.0, 0.2, 3)},
+    }
+    plots.difference_matrix(ax, lines)
+    assert texts(ax) == ["+0.50", "-12.3", "+0.05", "+2.0", "-123", "–", "–", "+0.10"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["VAE", "ME", "IAF", "SVI"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
+    above, below = (to_rgb(colour) for colour in plots.SIDE_COLOURS.values())
+    white = (1.0, 1.0, 1.0)
+    drawn = [patch.get_facecolor()[:3] for patch in ax.patches]
+    assert drawn == [above, below, white, white, below, white, white, white]
+    greys = [text.get_color() for text in ax.texts]
+    assert greys == ["0.1", "0.1", "0.1", "0.5", "0.1", "0.5", "0.5", "0.1"]
 
 
 def test_regime_panels_name_a_setting_by_what_the_panel_does_not_say():
