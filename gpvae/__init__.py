@@ -18,10 +18,14 @@ Where each idea of the paper lives:
 | gaps, AIS, selective refinement              | `gaps`, `ais`, `refine`     | 03       |
 | scores against measured gaps                 | `difficulty`, `selective`   | 03       |
 | one step, eager or captured; seeds at once   | `step`, `ensemble`          | -        |
+| methods and profiles of your own             | `plugins`                   | -        |
 | runs, sets of runs, verdicts                 | `experiment`, `sweep`, `findings` | 04, 06 |
 | where random functions help                  | `regimes`                   | 06       |
+
+Lower-case names are modules, imported when asked for: `gpvae.ais`, `gpvae.refine`.
 """
 
+from gpvae import plugins
 from gpvae.config import (
     DataConfig,
     EvaluationConfig,
@@ -78,8 +82,25 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import what needs torch only when it is asked for, so that the command line starts fast."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'gpvae' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"gpvae.{_LAZY[name]}"), name)
+    if name in _LAZY:
+        return getattr(import_module(f"gpvae.{_LAZY[name]}"), name)
+    if name in _modules():
+        return import_module(f"gpvae.{name}")
+    from gpvae.errors import unknown
+
+    raise AttributeError(unknown("attribute of gpvae", name, __dir__()))
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_modules()})
+
+
+def _modules() -> set[str]:
+    from pkgutil import iter_modules
+
+    return {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}
+
+
+plugins.load()

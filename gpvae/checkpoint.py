@@ -27,6 +27,7 @@ class State:
         optimizer: of its parameters.
         generator: of all random numbers.
         averages: moving averages of the parameters, or an empty list.
+        data_hash: of the images, see `gpvae.data.Dataset`.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class State:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
         averages: list[Tensor],
+        data_hash: str = "",
     ) -> None:
         self.model, self.optimizer, self.generator = model, optimizer, generator
-        self.averages = averages
+        self.averages, self.data_hash = averages, data_hash
         self.epoch = self.best_epoch = 0
         self.best_valid_elbo = -math.inf
         self.best_weights = copy.deepcopy(model.state_dict())
@@ -55,6 +57,7 @@ class State:
         """What `save` writes; the tensors are those in use, not copies."""
         return {
             "config": json.dumps(config.to_dict()),
+            "data_hash": self.data_hash,
             "model": self.model.state_dict(),
             "best_weights": self.best_weights,
             "averages": self.averages,
@@ -75,7 +78,7 @@ class State:
         path = folder / "checkpoint.pt"
         if not path.exists():
             return
-        saved = load_checkpoint(path, config)
+        saved = load_checkpoint(path, config, data_hash=self.data_hash)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
@@ -111,18 +114,29 @@ STATE_KEYS = ("model", "best_weights", "averages", "optimizer", "generator", "hi
 
 
 def load_checkpoint(
-    path: Path, config: RunConfig | None = None, keys: Sequence[str] = STATE_KEYS
+    path: Path,
+    config: RunConfig | None = None,
+    keys: Sequence[str] = STATE_KEYS,
+    data_hash: str = "",
 ) -> dict[str, Any]:
-    """Read a checkpoint without unpickling code, and compare its configuration if one is given.
+    """Read a checkpoint without unpickling code, and compare what it belongs to.
 
     Args:
         path: of the file.
-        config: what it should belong to.
+        config: of the run; None compares nothing.
         keys: what it must hold.
+        data_hash: of the run's images; "" compares nothing.
 
     Raises:
-        CheckpointError: missing, truncated, foreign, or of another configuration.
+        CheckpointError: missing, truncated, foreign, or of another configuration or other images.
     """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}. Give the file `checkpoint.pt` of a run; those of a profile lie in "
+            "results/<profile>/runs/."
+        )
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         old = json.loads(saved["config"])
@@ -139,5 +153,10 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} belongs to another configuration ({'; '.join(changed)}). "
             "Delete it or use another folder."
+        )
+    if data_hash and saved.get("data_hash", data_hash) != data_hash:
+        raise CheckpointError(
+            f"{path} belongs to other images (hash {saved['data_hash']}; these have {data_hash}). "
+            "Delete it or use another folder: one for each data set."
         )
     return saved

@@ -327,7 +327,7 @@ class RunConfig:
         model = self.model
         candidate = f"-tuning{self.hash()[:6]}" if self.evaluation.part == "valid" else ""
         return (
-            f"{self.data.name}-{model.output}-d{model.latent_dim}-n{size}"
+            f"{_label(self.data.name)}-{model.output}-d{model.latent_dim}-n{size}"
             f"-{model.method}{candidate}-s{self.seed}"
         )
 
@@ -346,6 +346,16 @@ class RunConfig:
         """First 16 hexadecimal digits of SHA-256 over the canonical JSON form."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _label(data: str) -> str:
+    """A data set in a run's name: of a path its last part and a digest of the whole, since names
+    become those of files.
+    """
+    if not set(data) & set("/\\"):
+        return data
+    last = data.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return f"{last}-{hashlib.sha256(data.encode()).hexdigest()[:6]}"
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -412,7 +422,8 @@ def _convert(default: Any, value: Any, key: str) -> Any:
             return value
     elif type(value) is type(default):
         return value
-    expected = "int or None" if default is None else type(default).__name__
+    example = f", such as {json.dumps(default)}" if isinstance(default, tuple) else ""
+    expected = ("int or None" if default is None else type(default).__name__) + example
     raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected}.")
 
 

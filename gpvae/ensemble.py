@@ -96,8 +96,10 @@ def train_seeds(
     files = [own and own / "checkpoint.pt" for own in folders]
     for config, file in zip(configs, files, strict=True):
         if file and file.exists():
-            load_checkpoint(file, config)  # which refuses what must not be overwritten
-    ensemble = Ensemble(configs, data.shape, pick_device(configs[0].training.device))
+            # It refuses what must not be overwritten.
+            load_checkpoint(file, config, data_hash=data.hash)
+    device = pick_device(configs[0].training.device)
+    ensemble = Ensemble(configs, data.shape, device, data.hash)
     if folder is not None:
         ensemble.load(folder)
     _train(ensemble, data, folder, log)
@@ -166,6 +168,7 @@ class Ensemble:
         configs: K runs that differ in their seed only.
         shape: (C, H, W) of one image.
         device: of everything.
+        data_hash: of the images.
 
     Attributes:
         states: of the members; their model is the template, their optimiser the common one.
@@ -175,8 +178,13 @@ class Ensemble:
     """
 
     def __init__(
-        self, configs: Sequence[RunConfig], shape: tuple[int, int, int], device: torch.device
+        self,
+        configs: Sequence[RunConfig],
+        shape: tuple[int, int, int],
+        device: torch.device,
+        data_hash: str = "",
     ) -> None:
+        self.data_hash = data_hash
         self.configs, self.training = list(configs), configs[0].training
         self.stacked = Stacked([build_model(c, shape).to(device).train() for c in configs])
         self.model, self.parameters = self.stacked.template, list(self.stacked.parameters.values())
@@ -192,7 +200,8 @@ class Ensemble:
     def _new_state(self, k: int) -> State:
         self.stacked.put(k)  # the first best weights are the initial ones
         averages = [average[k] for average in self.averages]
-        return State(self.model, self.optimizer, self.generators[k], averages)
+        generator = self.generators[k]
+        return State(self.model, self.optimizer, generator, averages, self.data_hash)
 
     @property
     def running(self) -> list[int]:
@@ -267,6 +276,7 @@ class Ensemble:
             folder / "ensemble.pt",
             {
                 "config": json.dumps(self.configs[0].to_dict()),
+                "data_hash": self.data_hash,
                 "seeds": [config.seed for config in self.configs],
                 "model": [p.detach() for p in self.parameters],
                 "averages": self.averages,
@@ -283,12 +293,12 @@ class Ensemble:
         """Go on from `ensemble.pt` if there is one.
 
         Raises:
-            CheckpointError: it is damaged or of other runs.
+            CheckpointError: it is damaged, or of other runs or images.
         """
         path = folder / "ensemble.pt"
         if not path.exists():
             return
-        saved = load_checkpoint(path, self.configs[0], KEYS)
+        saved = load_checkpoint(path, self.configs[0], KEYS, self.data_hash)
         seeds = [config.seed for config in self.configs]
         if saved["seeds"] != seeds:
             raise CheckpointError(

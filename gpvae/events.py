@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpvae import paths
 
-STATUSES = ("made", "reused", "recomputed", "failed")
+STATUSES = ("made", "reused", "recomputed", "failed", "missing")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,15 @@ from gpvae.evaluate import Estimate, elbo, log_likelihood
 from gpvae.gaps import decompose
 from gpvae.processes import make_executor
 from gpvae.refine import study
-from gpvae.results import Results, Row, code_hash, run_key, stale_reason, versions
+from gpvae.results import (
+    Results,
+    Row,
+    code_hash,
+    method_hash,
+    run_key,
+    stale_reason,
+    versions,
+)
 from gpvae.search import SearchOptions
 from gpvae.step import matmul_precision
 from gpvae.training import Trained, build_model, evaluation_images, train
@@ -214,6 +222,7 @@ def _row(
         "config_hash": config.hash(),
         "data_hash": data.hash,
         "code_hash": code_hash(),
+        **({"method_hash": own} if (own := method_hash(config)) else {}),
         "split": data.split,
         "seed": config.seed,
         "versions": versions(),

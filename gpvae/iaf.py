@@ -136,7 +136,9 @@ class IAFPosterior(Posterior):
         for step in reversed(self.steps):
             z, log_det = step.pull(z, self.context)
             total = total + log_det
-        return self.base.log_prob(z) - total
+        log_q = self.base.log_prob(z) - total
+        # Far from all samples the inverse overflows: inf - inf. The density there is zero.
+        return log_q.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def __getitem__(self, index: slice | Tensor) -> IAFPosterior:
         return IAFPosterior(self.base[index], self.context[index], self.steps)

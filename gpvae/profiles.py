@@ -5,11 +5,12 @@ A `Profile` is what `gpvae reproduce`, `gpvae sweep` and the notebooks work thro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gpvae.config import METHODS, RunConfig, differences
+from gpvae.config import METHODS, OUTPUTS, RunConfig, differences
 from gpvae.errors import ConfigError, unknown
 from gpvae.presets import CPU_PRESETS, PRESETS
 from gpvae.variations import (
@@ -39,6 +40,10 @@ class Profile:
         notebook_scale: in (0, 1], shrinks Monte Carlo sizes inside the notebooks.
         workers: processes that share the runs; None for one on each core. Starting them takes
             longer than very short runs.
+
+    Raises:
+        ConfigError: a name that leaves the results folder, one value where a tuple is expected,
+            settings of an encoder or an output that there is not.
     """
 
     name: str
@@ -51,6 +56,25 @@ class Profile:
     variations: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     notebook_scale: float = 1.0
     workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.name):
+            raise ConfigError(
+                f"the profile is called {self.name!r}; expected letters, digits, '-', '.' and '_', "
+                "with '/' between parts, since its results lie in a folder of that name."
+            )
+        for key in ("encoders", "seeds", "outputs", "train_sizes"):
+            value = getattr(self, key)
+            if not isinstance(value, tuple | list):
+                raise ConfigError(
+                    f"{key} of the profile {self.name} is {value!r}; expected a tuple, such as "
+                    f"{getattr(type(self), key)!r}."
+                )
+        for encoder, output in self.settings:
+            if encoder not in (*METHODS, *self.encoders):
+                raise ConfigError(unknown("encoder in settings", encoder, METHODS))
+            if output not in OUTPUTS:
+                raise ConfigError(unknown("output distribution in settings", output, OUTPUTS))
 
     def runs(
         self, output: str | None = None, train_sizes: tuple[int | None, ...] = (None,)

@@ -48,8 +48,10 @@ def rows_of(
     if not stored:
         return run_all(configs, profile, fresh_since, workers, log)
     rows = find_rows(configs, profile, log)
-    for row in rows:
-        events.record(profile, "row", row["name"], "reused")
+    there = {row["name"] for row in rows}
+    for config in configs:
+        status = "reused" if config.name in there else "missing"
+        events.record(profile, "row", config.name, status)
     return rows
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from gpvae import events, paths
 from gpvae.config import RunConfig
-from gpvae.errors import DataError
+from gpvae.errors import ConfigError, DataError, unknown
 from gpvae.profiles import Profile
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, paired_interval
@@ -52,7 +52,7 @@ def by_encoder(profile: Profile, output: str, rows: Sequence[Row]) -> dict[str, 
 
 def check_one_version(rows: Sequence[Row]) -> None:
     """Raise DataError if rows come from different code, or from different data of one name."""
-    for key, of in (("code_hash", lambda r: ""), ("data_hash", _data_identity)):
+    for key, of in (("code_hash", lambda r: "of one table"), ("data_hash", _data_identity)):
         seen: dict[str, set[str]] = {}
         for row in rows:
             seen.setdefault(of(row), set()).add(row[key])
@@ -71,7 +71,13 @@ def _data_identity(row: Row) -> str:
 
 
 def paired(results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str) -> Interval:
-    """Interval of a - b for a per-image quantity, over the seeds in which both have it."""
+    """Interval of a - b for a per-image estimate, over the seeds in which both have it.
+
+    Raises:
+        ConfigError: no such estimate.
+    """
+    if quantity not in ESTIMATES:
+        raise ConfigError(unknown("estimate", quantity, ESTIMATES))
     pairs = _pairs(results, a, b, quantity)
     return paired_interval([left for left, _ in pairs], [right for _, right in pairs])
 
@@ -107,6 +113,7 @@ QUANTITIES = {
     "log p(x), neutral proposal": "log_likelihood_neutral",
     "log p(x), both proposals": "log_px",
 }
+ESTIMATES = (*QUANTITIES.values(), "elbo_optimised")
 # Both: the equal mixture of the two, which is good wherever one of them is.
 PROPOSALS = {"own": "log_likelihood", "neutral": "log_likelihood_neutral", "both": "log_px"}
 

@@ -14,7 +14,7 @@ import torch
 from gpvae.checkpoint import State, load_checkpoint
 from gpvae.config import RunConfig, TrainingConfig, from_dict
 from gpvae.data import Dataset
-from gpvae.errors import CheckpointError, ConfigError, TrainingError, unknown
+from gpvae.errors import CheckpointError, ConfigError, DataError, TrainingError, unknown
 from gpvae.evaluate import elbo
 from gpvae.gp import GPVAE
 from gpvae.householder import HouseholderVAE
@@ -103,16 +103,23 @@ def train(
     Args:
         config: the run.
         data: its images; kept on the device as a whole.
-        folder: where `checkpoint.pt` lives; None keeps nothing.
+        folder: where `checkpoint.pt` lives, one for each run; None keeps nothing.
         model: a model to train in place of a fresh one (for example with a frozen decoder).
         log: called with a line now and then.
 
     Raises:
         ConfigError: unknown encoder or device.
-        CheckpointError: the folder's checkpoint is damaged or of another configuration.
+        DataError: no `Dataset`.
+        CheckpointError: the folder's checkpoint is damaged, or of another configuration or other
+            images.
         TrainingError: a loss that is not finite, or too little memory; the last good checkpoint
             stays.
     """
+    if not isinstance(data, Dataset):
+        raise DataError(
+            f"the images are a {type(data).__name__}; expected a Dataset with its splits, as from "
+            "gpvae.from_images(array) or gpvae.load_dataset(name)."
+        )
     t = config.training
     device = pick_device(t.device)
     model = (model or build_model(config, data.shape)).to(device).train()
@@ -122,8 +129,9 @@ def train(
     optimizer = make_adam(parameters, config, model, compiles(config, model))
     generator = torch.Generator(device).manual_seed(config.seed)
     averages = [p.detach().clone() for p in parameters] if t.average else []
-    state = State(model, optimizer, generator, averages)
+    state = State(model, optimizer, generator, averages, data.hash)
     if folder is not None:
+        folder = Path(folder)
         state.load(folder, config)
     step = Step(model, optimizer, config, images.levels, len(images), generator, averages)
     started = last_log = time.monotonic()
@@ -214,7 +222,15 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
 
 
 def load_model(path: Path, shape: tuple[int, int, int]) -> tuple[VAE, RunConfig]:
-    """The best model of a checkpoint, in eval mode on the CPU, and its configuration."""
+    """The best model of a checkpoint, in eval mode on the CPU, and its configuration.
+
+    Args:
+        path: of a run's `checkpoint.pt`.
+        shape: (C, H, W) of its images.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or images of another shape.
+    """
     saved = load_checkpoint(path)
     config = from_dict(RunConfig, json.loads(saved["config"]))
     model = build_model(config, shape)

@@ -106,18 +106,28 @@ class VAE(nn.Module):
         """q(z | x) for images [B, C, H, W].
 
         Raises:
-            DataError: images of another shape or type than the model was built for.
+            DataError: images of another shape or type than the model was built for, or elsewhere.
         """
+        if not isinstance(x, Tensor):
+            raise DataError(
+                f"images are a {type(x).__name__}; expected a float tensor [B, C, H, W] with "
+                "pixels in [0, 1], as from Images.unit() or torch.from_numpy(array)."
+            )
         if x.ndim != 4 or tuple(x.shape[1:]) != self.generative.shape:
             raise DataError(
                 f"images have shape {tuple(x.shape)}; this model was built for "
                 f"[B, {', '.join(map(str, self.generative.shape))}]."
             )
-        expected = next(self.parameters()).dtype
-        if x.dtype != expected:
+        parameter = next(self.parameters())
+        if x.dtype != parameter.dtype:
             raise DataError(
-                f"images are {x.dtype}; this model computes in {expected}. Give pixels in [0, 1], "
-                "as from Images.unit(), or convert with x.to(dtype)."
+                f"images are {x.dtype}; this model computes in {parameter.dtype}. Give pixels in "
+                "[0, 1], as from Images.unit(), or convert with x.to(dtype)."
+            )
+        if x.device != parameter.device:
+            raise DataError(
+                f"images are on {x.device}, this model is on {parameter.device}. Move one: "
+                "x.to(device) or model.cpu()."
             )
         return self.encoder(x, self.generative)
 

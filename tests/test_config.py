@@ -219,3 +219,30 @@ def test_regimes_with_bernoulli_output_are_the_same_runs_with_another_output():
     assert [job for job in changed if job not in other.jobs()] == []
     assert {job.model.output for job in other.jobs()} == {"bernoulli"}
     assert gpvae.get_profile("regimes/small").variations == {}
+
+
+@pytest.mark.parametrize(
+    "data", ["/home/me/own.npy", "../own.npy", "a/own.npy/", "C:\\me\\own.npy"]
+)
+def test_a_run_on_a_file_has_a_name_without_folders(data):
+    """Its name becomes that of files, which are to lie in the results folder."""
+    name = gpvae.RunConfig().override({"data.name": data}).name
+    assert name.startswith("own.npy-") and not set(name) & set("/\\")
+    other = gpvae.RunConfig().override({"data.name": f"b/{data}"}).name
+    assert other != name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "../../evil"}, "is called"),
+        ({"name": "/evil"}, "is called"),
+        ({"encoders": "vae"}, r"encoders of the profile t is 'vae'; expected a tuple"),
+        ({"seeds": 3}, "seeds of the profile t is 3; expected a tuple"),
+        ({"settings": {("gpvae", "gausian"): {}}}, "Did you mean 'gaussian'"),
+        ({"settings": {("gpvea", "gaussian"): {}}}, "Did you mean 'gpvae'"),
+    ],
+)
+def test_impossible_profiles_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        gpvae.Profile(**{"name": "t", "base": gpvae.RunConfig(), **options})

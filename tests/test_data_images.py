@@ -226,7 +226,7 @@ def test_own_arrays_and_tensors() -> None:
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (np.zeros((5, 4, 4), np.uint8), "unsqueeze"),
+        (np.zeros((5, 4, 4), np.uint8), "x\\[:, None\\]"),
         (np.zeros((5, 4, 4, 3), np.uint8), "channels last"),
         (np.zeros((0, 1, 4, 4), np.uint8), "empty"),
         (np.zeros((5, 1, 4, 4), np.int64), "int64"),

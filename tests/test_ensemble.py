@@ -364,3 +364,13 @@ def test_progress_is_logged(scheduled, blobs, monkeypatch):
     results = train_seeds(seeds(scheduled), blobs, log=lines.append)
     assert lines[0].startswith("epoch 1/6: best validation ELBO")
     assert f"{results[2].best_valid_elbo:.2f} nats" in lines[-1]
+
+
+def test_checkpoints_of_other_images_are_refused(scheduled, blobs, tmp_path, monkeypatch):
+    configs = seeds(scheduled)
+    folders = [tmp_path / str(c.seed) for c in configs]
+    train_seeds(configs, blobs, tmp_path, folders)
+    others = gpvae.from_images(16 - blobs.train.pixels.numpy(), levels=17)
+    for own in (None, folders):
+        with pytest.raises(CheckpointError, match="other images"):
+            train_seeds(configs, others, tmp_path, own)

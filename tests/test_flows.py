@@ -324,3 +324,13 @@ def test_enough_reflections_reach_the_exact_posterior(steps: int, reaches: bool)
             samples, log_q = posterior().rsample_with_log_prob((5,), gen())
             log_w = model.generative.log_joint(x, samples) - log_q
         torch.testing.assert_close(log_w, exact_evidence(model, x).expand(5, -1), rtol=0, atol=1e-2)
+
+
+def test_the_density_far_from_all_samples_is_zero_and_a_number() -> None:
+    """The inverse overflows there; near the samples nothing changes."""
+    model = build(IAFVAE, scale=4.0).float()
+    posterior = model(pixels(2).float())
+    z, log_q = posterior.rsample_with_log_prob((3,), gen())
+    far = posterior.log_prob(torch.full_like(z, 1e38))
+    assert (far == -torch.inf).all()
+    torch.testing.assert_close(posterior.log_prob(z), log_q, rtol=1e-3, atol=1e-3)

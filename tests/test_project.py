@@ -184,3 +184,10 @@ def test_misuse_of_train_is_one_line_and_exit_code_2(project_root, arguments, me
     assert done.returncode == 2
     assert done.stderr.startswith("gpvae: error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_modules_and_names_are_found_and_listed():
+    assert gpvae.ais.__name__ == "gpvae.ais" and {"ais", "train", "VAE"} <= set(dir(gpvae))
+    with pytest.raises(AttributeError, match="Did you mean 'log_likelihood'"):
+        _ = gpvae.log_liklihood
+    assert not hasattr(gpvae, "nothing")

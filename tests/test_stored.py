@@ -11,7 +11,7 @@ from rows import fake_row, store_rows
 
 import gpvae
 from gpvae import experiment, paths, results, stored
-from gpvae.events import read
+from gpvae.events import describe, read
 from gpvae.experiment import load_data, run_all
 from gpvae.jobs import Failure, committed_failures_path, failures_path
 from gpvae.results import Results, append_json_line
@@ -52,7 +52,9 @@ def test_missing_runs_are_named_and_code_that_differs_is_said(project_root, line
     assert missing.startswith("8 of 10 runs are missing: digits-gaussian-d10-nall-vae-s2,")
     assert missing.endswith("and 4 more")
     assert code == f"stored rows were made by code c; the present code is {results.code_hash()}"
-    assert [event.status for event in read("t")[0]] == ["reused"] * 2
+    happened = [event.status for event in read("t")[0]]
+    assert happened == ["reused"] * 2 + ["missing"] * 3 + ["missing"] * 5
+    assert describe(read("t")[0]) == ["rows: 2 reused, 8 missing"]
 
 
 def test_only_rows_of_exactly_this_configuration_count(project_root, lines, nothing_trains):

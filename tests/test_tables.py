@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 import gpvae
 from gpvae import paths
-from gpvae.errors import DataError
+from gpvae.errors import ConfigError, DataError
 from gpvae.stats import Interval, mean_interval, paired_interval, spearman, spearman_interval
 from gpvae.tables import (
     benchmark_table,
@@ -258,3 +258,9 @@ def test_a_note_stands_below_the_markdown_table(project_root):
     save_table(pd.DataFrame({"a": [1]}), "x", "t", "p = 0.5.")
     assert (paths.figures("t") / "x.md").read_text().endswith("| 1 |\n\np = 0.5.\n")
     assert "0.5" not in (paths.figures("t") / "x.csv").read_text()
+
+
+def test_a_misspelt_estimate_is_no_missing_one(project_root):
+    rows = [fake_row("vae", seed, [1.0, 2.0]) for seed in range(2)]
+    with pytest.raises(ConfigError, match="Did you mean 'log_likelihood'"):
+        paired(store_rows("t", rows), rows, rows, "log_liklihood")

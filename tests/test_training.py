@@ -12,7 +12,7 @@ import torch
 import gpvae
 from gpvae import training
 from gpvae.checkpoint import State, load_checkpoint, save_checkpoint
-from gpvae.errors import CheckpointError, ConfigError, TrainingError
+from gpvae.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gpvae.training import load_model, train
 
 ENCODERS = sorted(training.MODELS)
@@ -229,3 +229,40 @@ def test_bernoulli_evaluation_images_are_fixed_and_binary(blobs, tiny_config):
     )
     grey = training.evaluation_images(blobs, "test", tiny_config)
     assert torch.equal(grey, blobs.test.unit())
+
+
+def test_a_checkpoint_of_other_images_is_refused(blobs, tiny_config, tmp_path):
+    """The configuration says nothing of arrays in memory; the checkpoint does."""
+    first = train(tiny_config, blobs, str(tmp_path))
+    again = train(tiny_config, blobs, tmp_path)
+    assert torch.equal(weights(first), weights(again))
+    others = gpvae.from_images(16 - blobs.train.pixels.numpy(), levels=17)
+    with pytest.raises(CheckpointError, match=r"other images.*one for each data set"):
+        train(tiny_config, others, tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del saved["data_hash"]  # as older versions wrote it
+    save_checkpoint(tmp_path / "checkpoint.pt", saved)
+    assert train(tiny_config, others, tmp_path).history == first.history
+
+
+@pytest.mark.parametrize("name", ["none.pt", ""])
+def test_no_checkpoint_is_not_called_damaged(tmp_path, name):
+    with pytest.raises(CheckpointError, match=r"(does not exist|is a folder)\. Give the file"):
+        load_model(tmp_path / name, (1, 4, 4))
+
+
+def test_an_array_is_no_data_set(blobs, tiny_config):
+    with pytest.raises(DataError, match=r"are a ndarray.*gpvae.from_images"):
+        train(tiny_config, blobs.train.pixels.numpy())
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4).numpy(), "are a ndarray"),
+        (torch.zeros(2, 1, 4, 4, device="meta"), "on meta, this model is on cpu"),
+    ],
+)
+def test_images_that_a_model_cannot_take(tiny_config, x, message):
+    with pytest.raises(DataError, match=message):
+        training.build_model(tiny_config, (1, 4, 4))(x)

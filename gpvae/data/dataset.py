@@ -96,7 +96,7 @@ def check_images(pixels: Tensor, levels: int = 256) -> None:
     if pixels.ndim != 4:
         raise DataError(
             f"images have shape {tuple(pixels.shape)}; {expected}. "
-            "For grey images add a channel with x.unsqueeze(1)."
+            "To grey images [N, H, W] add a channel with x[:, None]."
         )
     if 0 in pixels.shape:
         raise DataError(f"images have shape {tuple(pixels.shape)}, which is empty; {expected}.")
@@ -215,9 +215,12 @@ def split(
     available = total - n_cut - n_test
     n_train = train_size if train_size is not None else available
     if n_valid < 1 or not 1 <= n_train <= available:
+        asked = {"train_size": train_size, "valid_size": valid_size}
+        given = ", ".join(f"{k}={v}" for k, v in asked.items() if v is not None)
         raise DataError(
             f"{name} has {total} training images: {n_cut} for validation and {n_test} for test "
-            f"leave {max(available, 0)}, but train_size={n_train} was asked for."
+            f"leave {max(available, 0)} to train on; given was {given or 'no size'}. Each part "
+            "needs at least one image."
         )
     order = _cut_order(total, n_cut, n_test, seed, test_block)
     valid_index = order[:n_cut] if raw.valid is None else np.arange(n_valid)
