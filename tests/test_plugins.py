@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import gpvae
-from gpvae import plugins, results
+from gpvae import paths, plugins, results
 from gpvae.errors import ConfigError
 from gpvae.experiment import run
 from gpvae.plots import COLOURS
@@ -17,19 +18,8 @@ from gpvae.profiles import PROFILES
 from gpvae.tables import LABELS
 from gpvae.training import MODELS
 
-MODULE = """
-import gpvae
-from gpvae.plugins import register, register_profile
-
-class Mine(gpvae.VAE):
-    pass
-
-register("mine", Mine, "My VAE", "tab:pink")
-base = gpvae.get_profile("smoke").base.override({"evaluation.gaps": False, "training.epochs": 2})
-register_profile(
-    gpvae.Profile("ours", base, encoders=("vae", "mine"), seeds=(0,), outputs=("gaussian",))
-)
-"""
+README = (paths.CHECKOUT / "README.md").read_text("utf-8")
+MODULE = re.findall(r"```python\n(.*?)```", README, re.S)[1]
 
 
 @pytest.fixture
@@ -48,14 +38,14 @@ def command(folder, *arguments):
     return subprocess.run(words, env=environment, text=True, capture_output=True, check=False)
 
 
-def test_a_registered_method_runs_in_a_sweep_and_is_stale_once_its_source_changes(tmp_path):
+def test_the_readmes_method_runs_in_a_sweep_and_is_stale_once_its_source_changes(tmp_path):
     (tmp_path / "my_methods.py").write_text(MODULE)
-    sweep = ("sweep", "--profile", "ours")
-    assert "2 of 2 jobs are done" in command(tmp_path, *sweep, "--workers", "2").stdout
-    assert "2 done, 0 stale" in command(tmp_path, *sweep, "--list").stdout
+    sweep = ("sweep", "--profile", "mine", "--outputs", "gaussian")
+    assert "6 of 6 jobs are done" in command(tmp_path, *sweep, "--workers", "2").stdout
+    assert "6 done, 0 stale" in command(tmp_path, *sweep, "--list").stdout
     (tmp_path / "my_methods.py").write_text(MODULE + "# changed\n")
     told = command(tmp_path, *sweep, "--list").stdout
-    assert "1 done, 1 stale" in told and "the source of the method mine" in told
+    assert "4 done, 2 stale" in told and "the source of the method narrow" in told
 
 
 def test_a_plugin_that_is_not_there_is_named(tmp_path):

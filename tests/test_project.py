@@ -73,10 +73,14 @@ def test_readme_links_exist():
             assert (ROOT / target).exists(), target
 
 
-def test_readme_example_runs_and_names_exist():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_readme_examples_run_and_names_exist(project_root):
+    """The second one is in `test_plugins`."""
+    model, _, tables = re.findall(r"```python\n(.*?)```", README, re.S)
     scope: dict[str, object] = {}
-    exec(code.replace('"training.epochs": 100', '"training.epochs": 2'), scope)
+    exec(tables, scope)
+    assert scope["difference"].n == 2 and len(scope["table"]) == 4
+    scope = {}
+    exec(model.replace('"training.epochs": 100', '"training.epochs": 2'), scope)
     assert scope["posterior"].scores()["relative_f_var"].shape == (len(scope["x"]),)
     for name in re.findall(r"`gpvae\.([\w.]+?)(?:\(|`)", README):
         target: object = gpvae

@@ -40,7 +40,8 @@ def from_images(
         images: [N, C, H, W]: uint8 in {0, ..., levels - 1}, booleans, or floats in [0, 1] (kept
             as float32).
         test: test images of the same shape; cut from `images` if None.
-        name: under which results are stored.
+        name: of the set in messages and `Dataset.name`. Rows and checkpoints of `gpvae train` go by
+            `data.name` of the configuration: save the array as `.npy` and give its path there.
         levels: number of grey levels of uint8 pixels.
         sizes: keyword arguments of `split`.
 
