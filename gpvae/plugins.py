@@ -75,7 +75,8 @@ def load() -> None:
         except ImportError as error:
             raise ConfigError(
                 f"GPVAE_PLUGINS names {name.strip()!r}, which cannot be imported ({error}). "
-                "Expected modules, separated by commas, in the folders of PYTHONPATH."
+                "Expected modules, separated by commas, in folders that PYTHONPATH names in full "
+                "(notebooks run in another folder)."
             ) from error
 
 
