@@ -23,7 +23,7 @@ from gpvae.analysis import SYMBOLS, Decomposition
 from gpvae.regimes import Setting, parts
 from gpvae.selective import POLICIES, Refinement
 from gpvae.stats import Interval, mean_interval
-from gpvae.tables import LABELS, MISSING
+from gpvae.tables import LABELS, MISSING, verdict
 from gpvae.variations import NOISELESS
 
 COLUMN, TEXT = 3.4, 7.0  # widths in inches
@@ -41,7 +41,7 @@ COLOURS = {
     "exact": (0.25, 0.25, 0.25),
 }
 GAP_COLOURS = {"approximation gap": "0.75", "amortization gap": _PALETTE[1]}
-_SIDES = {"above": _PALETTE[0], "below": _PALETTE[1]}
+_SIDES = {"above": _PALETTE[0], "below": _PALETTE[1]}  # by `tables.verdict`
 SIDE_COLOURS = {side: sns.light_palette(colour, 5)[2] for side, colour in _SIDES.items()}
 # A small remark in a panel, readable over the lines that it covers.
 NOTE = {"color": "0.5", "fontsize": 6, "zorder": 3}
@@ -415,7 +415,8 @@ def difference_matrix(ax: Axes, lines: Mapping[str, Mapping[str, Interval]]) -> 
     encoders = max(lines.values(), key=len)
     for (y, line), (x, encoder) in product(enumerate(lines.values()), enumerate(encoders)):
         difference = line.get(encoder, mean_interval([]))
-        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, ec="0.85", fc=_side_colour(difference)))
+        side = SIDE_COLOURS.get(verdict(difference), "white")
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, ec="0.85", fc=side))
         digits = sum(abs(difference.value) < limit for limit in (1, 100))
         text = f"{difference.value:+.{digits}f}" if difference.n else "–"
         style = {"ha": "center", "va": "center", "color": "0.1" if difference.n > 1 else "0.5"}
@@ -425,12 +426,6 @@ def difference_matrix(ax: Axes, lines: Mapping[str, Mapping[str, Interval]]) -> 
     ax.set_xticks(range(len(encoders)), [LABELS[encoder] for encoder in encoders], rotation=45)
     ax.set_yticks(range(len(lines)), list(lines))
     ax.grid(visible=False)
-
-
-def _side_colour(difference: Interval) -> object:
-    if difference.low > 0:
-        return SIDE_COLOURS["above"]
-    return SIDE_COLOURS["below"] if difference.high < 0 else "white"
 
 
 def side_legend(figure: Figure) -> None:

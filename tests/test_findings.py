@@ -124,7 +124,7 @@ def test_a_rival_without_the_estimate_is_missing_though_the_others_are_beaten(pr
     store = store_rows("t", rows)
     found = findings.likelihood(profile, store, rows)
     assert found.answers == ("in support", "in support", "in support", LACKS)
-    (line,) = findings.summary(profile).to_dict("records")
+    (line,) = findings.summary(profile, findings.against(profile)).to_dict("records")
     assert line["GPVAE − best rival, both proposals"].startswith("IAF: +0.50 [")
 
 
@@ -133,7 +133,9 @@ def test_summary_says_over_how_many_seeds_the_best_rival_is_compared(project_roo
     lost = [r for r in rows if "gaussian" in r["name"] and "iaf" in r["name"] and r["seed"] == 2]
     rest = [row for row in rows if row not in lost]
     store_rows("u", rest)
-    gaussian, bernoulli = findings.summary(replace(plan(), name="u")).to_dict("records")
+    profile = replace(plan(), name="u")
+    lines = findings.summary(profile, findings.against(profile))
+    gaussian, bernoulli = lines.to_dict("records")
     assert gaussian["GPVAE − best rival, own proposal"].endswith("] (2 seeds)")
     assert bernoulli["GPVAE − best rival, own proposal"].endswith("]")
 
@@ -255,7 +257,8 @@ def test_the_encoders_precision_is_a_rival_of_the_score(project_root):
 
 def test_summary_has_a_line_for_each_output_with_rows(project_root):
     stored(every((1.0, 0.0), (0.5, 3.0)))
-    gaussian, bernoulli = findings.summary(plan()).to_dict("records")
+    lines = findings.summary(plan(), findings.against(plan()))
+    gaussian, bernoulli = lines.to_dict("records")
     assert (gaussian["profile"], gaussian["output"]) == ("t", "gaussian")
     assert gaussian["seeds"] == "3 of 3" and gaussian["complete methods"] == "3 of 3"
     assert gaussian["GPVAE − VAE, both proposals"].startswith("+1.01 [")

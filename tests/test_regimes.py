@@ -61,10 +61,8 @@ def test_a_setting_of_several_variations_counts_once_and_the_control_not_at_all(
     assert "2 intervals lie above zero and 1 below" in text and "2 means are positive" in text
     assert regimes.count({"a": [lone]}).startswith("0 different settings")
     table = regimes.table({"b": [less, control]}, (0, 1, 2, 3))
-    assert (
-        list(table.setting) == ["rank = 2", "temperature = 0.0 (control)"]
-        and list(table.seeds) == ["3 of 4"] * 2
-    )
+    assert list(table.setting) == ["rank = 2", "temperature = 0.0 (control)"]
+    assert list(table.seeds) == ["3 of 4"] * 2
 
 
 def test_an_interval_that_ends_at_zero_is_neither_above_nor_below():
