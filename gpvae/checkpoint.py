@@ -36,7 +36,7 @@ class State:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
         averages: list[Tensor],
-        data_hash: str = "",
+        data_hash: str,
     ) -> None:
         self.model, self.optimizer, self.generator = model, optimizer, generator
         self.averages, self.data_hash = averages, data_hash
@@ -148,7 +148,7 @@ def load_checkpoint(
             f"{path} is not a checkpoint of gpvae, or is damaged "
             f"({type(error).__name__}). Delete it to start this run again."
         ) from error
-    changed = differences(old, config.to_dict()) if config else []
+    changed = _changed(old, config) if config else []
     if changed:
         raise CheckpointError(
             f"{path} belongs to another configuration ({'; '.join(changed)}). "
@@ -160,3 +160,9 @@ def load_checkpoint(
             "Delete it or use another folder: one for each data set."
         )
     return saved
+
+
+def _changed(old: dict[str, Any], config: RunConfig) -> list[str]:
+    """What differs; how the model is evaluated afterwards does not matter."""
+    default = config.for_training().to_dict()
+    return differences({**old, "evaluation": default["evaluation"]}, default)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from gpvae.errors import ConfigError, unknown
@@ -337,6 +337,10 @@ class RunConfig:
         for key, value in {**(values or {}), **more}.items():
             _set(tree, key, value)
         return from_dict(RunConfig, tree)
+
+    def for_training(self) -> RunConfig:
+        """With the default evaluation: runs for which this is equal train the same model."""
+        return replace(self, evaluation=EvaluationConfig())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as stored in rows and checkpoints (tuples become lists)."""

@@ -35,6 +35,7 @@ from gpvae.step import make_adam, matmul_precision
 from gpvae.training import (
     Trained,
     build_model,
+    check_dataset,
     check_finite,
     evaluation_images,
     finished,
@@ -81,11 +82,14 @@ def train_seeds(
 
     Raises:
         ConfigError: the runs differ in more than their seed.
+        DataError: no `Dataset`.
         CheckpointError: a checkpoint is damaged or of other runs.
         TrainingError: as for `train`, naming the run; the last good `ensemble.pt` stays.
     """
     check_seeds(configs)
-    folders = [None] * len(configs) if folders is None else list(folders)
+    check_dataset(data)
+    folder = folder and Path(folder)
+    folders = [each and Path(each) for each in folders] if folders else [None] * len(configs)
     reason = batchable(configs[0]) if configs else ""
     if reason and log and len(configs) > 1:
         log(f"{configs[0].name}: {len(configs)} seeds are trained one after another, as {reason}")
@@ -182,7 +186,7 @@ class Ensemble:
         configs: Sequence[RunConfig],
         shape: tuple[int, int, int],
         device: torch.device,
-        data_hash: str = "",
+        data_hash: str,
     ) -> None:
         self.data_hash = data_hash
         self.configs, self.training = list(configs), configs[0].training

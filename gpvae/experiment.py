@@ -82,7 +82,10 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def run_folder(config: RunConfig, profile: str, data: Dataset) -> Path:
-    """Checkpoint folder of a run; another configuration, data or code has another folder."""
+    """Checkpoint folder of a run; other data or code, or another configuration of anything but the
+    evaluation, has another folder.
+    """
+    config = config.for_training()
     return paths.results(profile) / "runs" / f"{config.name}-{run_key(config, data.hash)}"
 
 
@@ -322,7 +325,7 @@ def _train_group(group: list[RunConfig], profile: str, data: Dataset, log: Log) 
 
 
 def _group_folder(group: list[RunConfig], profile: str, data: Dataset) -> Path:
-    keys = "".join(run_key(config, data.hash) for config in group)
+    keys = "".join(run_key(config.for_training(), data.hash) for config in group)
     return paths.results(profile) / "ensembles" / hashlib.sha256(keys.encode()).hexdigest()[:12]
 
 

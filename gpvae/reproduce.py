@@ -28,6 +28,7 @@ from gpvae.events import NotebookRun, Summary
 from gpvae.kernel import execute
 from gpvae.notebooks import Notebook, check_parameters, find_notebooks, plain, quiet, select
 
+JSON_WORDS = {"true": True, "false": False, "null": None}
 CELL_TIMEOUT = 4 * 3600  # seconds that one cell may take
 
 
@@ -256,14 +257,21 @@ def add_parser(subparsers: Any) -> None:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Parse `NAME=VALUE`; a value that is no Python literal is text."""
+    """Parse `NAME=VALUE`, see `literal`."""
     name, separator, value = text.partition("=")
     if not (separator and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, literal(value)
+
+
+def literal(text: str) -> Any:
+    """A value as Python or JSON write it (`true` and `True`); what is neither is text."""
+    if text in JSON_WORDS:
+        return JSON_WORDS[text]
     try:
-        return name, ast.literal_eval(value)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return name, value
+        return text
 
 
 def run(args: argparse.Namespace) -> int:

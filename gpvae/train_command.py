@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gpvae.reproduce import assignment
+from gpvae.reproduce import literal
 
 STORE = "single"  # the profile name under which single runs are kept
 
@@ -45,7 +45,7 @@ def configuration(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, assignment(f"value={value}")[1]
+    return key, literal(value)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -115,11 +115,7 @@ def train(
         TrainingError: a loss that is not finite, or too little memory; the last good checkpoint
             stays.
     """
-    if not isinstance(data, Dataset):
-        raise DataError(
-            f"the images are a {type(data).__name__}; expected a Dataset with its splits, as from "
-            "gpvae.from_images(array) or gpvae.load_dataset(name)."
-        )
+    check_dataset(data)
     t = config.training
     device = pick_device(t.device)
     model = (model or build_model(config, data.shape)).to(device).train()
@@ -164,6 +160,15 @@ def train(
                     )
     model.load_state_dict(state.best_weights)
     return Trained(model.eval(), state.history, state.best_epoch, state.best_valid_elbo)
+
+
+def check_dataset(data: object) -> None:
+    """Raise DataError if this is no `Dataset`."""
+    if not isinstance(data, Dataset):
+        raise DataError(
+            f"the images are a {type(data).__name__}; expected a Dataset with its splits, as from "
+            "gpvae.from_images(array) or gpvae.load_dataset(name)."
+        )
 
 
 def finished(state: State, training: TrainingConfig, starts: list[int]) -> bool:

@@ -108,7 +108,10 @@ def test_defaults(outcome):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("a=1", 1), ("a=None", None), ("a=1e-3", 1e-3), ("a=x=y", "x=y"), ("a=", ""), ("a='1'", "1")],
+    [
+        *(("a=1", 1), ("a=None", None), ("a=1e-3", 1e-3), ("a=x=y", "x=y"), ("a=", "")),
+        *(("a='1'", "1"), ("a=true", True), ("a=False", False), ("a=null", None), ("a=tru", "tru")),
+    ],
 )
 def test_parameter_values(text, value):
     assert reproduce.assignment(text) == ("a", value)

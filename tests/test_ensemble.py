@@ -13,7 +13,7 @@ from gpvae import ensemble, special
 from gpvae.checkpoint import load_checkpoint
 from gpvae.config import ModelConfig
 from gpvae.ensemble import Ensemble, batchable, seed_groups, train_seeds
-from gpvae.errors import CheckpointError, ConfigError, TrainingError
+from gpvae.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gpvae.seed_step import SeedStep, Stacked, clip
 from gpvae.step import Step
 from gpvae.training import MODELS, build_model, train
@@ -368,9 +368,14 @@ def test_progress_is_logged(scheduled, blobs, monkeypatch):
 
 def test_checkpoints_of_other_images_are_refused(scheduled, blobs, tmp_path, monkeypatch):
     configs = seeds(scheduled)
-    folders = [tmp_path / str(c.seed) for c in configs]
-    train_seeds(configs, blobs, tmp_path, folders)
+    folders = [str(tmp_path / str(c.seed)) for c in configs]
+    train_seeds(configs, blobs, str(tmp_path), folders)
     others = gpvae.from_images(16 - blobs.train.pixels.numpy(), levels=17)
     for own in (None, folders):
         with pytest.raises(CheckpointError, match="other images"):
             train_seeds(configs, others, tmp_path, own)
+
+
+def test_an_array_is_no_data_set(scheduled, blobs):
+    with pytest.raises(DataError, match=r"are a ndarray.*gpvae.from_images"):
+        train_seeds(seeds(scheduled), blobs.train.pixels.numpy())

@@ -161,7 +161,7 @@ def test_public_names_resolve():
 
 def test_train_command_prints_and_stores(project_root):
     command = [sys.executable, "-m", "gpvae", "train", "--profile", "smoke", "--encoder", "gpvae"]
-    command += ["--set", "training.epochs=2", "evaluation.gaps=False"]
+    command += ["--set", "training.epochs=2", "evaluation.gaps=false"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     row = json.loads((project_root / "results/single/rows.jsonl").read_text())

@@ -38,6 +38,16 @@ def test_row_holds_everything_that_made_it(project_root, config, lines):
     assert json.loads(Results("t").path.read_text()) == row
 
 
+def test_other_evaluations_take_the_trained_model(project_root, config, monkeypatch):
+    first = run(config, "t")
+    monkeypatch.setattr(type(gpvae.build_model(config, (1, 8, 8))), "loss_terms", None)
+    again = run(config.override(**{"evaluation.samples": 20}), "t")  # would fail if it trained
+    assert again["log_likelihood"]["samples"] == 20 and again["key"] != first["key"]
+    assert again["history"] == first["history"] and again["elbo"] == first["elbo"]
+    valid = run(config.override(**{"evaluation.part": "valid"}), "t")
+    assert valid["history"] == first["history"] and valid["elbo"] != first["elbo"]
+
+
 def test_equal_run_is_reused_and_stale_ones_say_why(project_root, config, lines, monkeypatch):
     first = run(config, "t", log=lines.append)
     assert run(config, "t", log=lines.append) == first
