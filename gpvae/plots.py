@@ -367,9 +367,10 @@ def cost_front(
     if not points:
         ax.annotate(MISSING, (0.5, 0.5), xycoords="axes fraction", color="0.5", ha="center")
         return
-    for encoder, (cost, gain) in points.items():
-        ax.plot([cost, cost], [gain.low, gain.high], color=COLOURS[encoder], lw=1)
-        ax.plot(cost, gain.value, "o", color=COLOURS[encoder], label=LABELS[encoder])
+    for i, (encoder, (cost, gain)) in enumerate(points.items()):
+        style = {"color": COLOURS[encoder], "zorder": 3 - 0.01 * i}  # VAE and GPVAE on top
+        ax.plot([cost, cost], [gain.low, gain.high], lw=1, **style)
+        ax.plot(cost, gain.value, "o", label=LABELS[encoder], **style)
     x, y = zip(*[(points[e][0], points[e][1].value) for e in front], strict=True)
     ax.step(x, y, where="post", color="0.6", lw=0.8, zorder=0)
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)

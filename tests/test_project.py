@@ -108,6 +108,7 @@ def test_every_interval_stands_in_a_table_that_its_part_links(folder, least):
     count = 0
     for part in re.split(r"^#+ ", TEXTS[folder], flags=re.M):
         links = re.findall(r"\]\(((?:figures/)?\w[^)]+)\.(?:md|png)\)", part)
+        part = " ".join(part.split())
         paths_ = [folder / f"{link}.md" for link in links]
         tables = "\n".join(path.read_text("utf-8") for path in paths_ if path.exists())
         for text in re.findall(r"[+−-]?\d+(?:\.\d+)? \[[^\]a-z(]+\]", part):
