@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class State:
         optimizer: of its parameters.
         generator: of all random numbers.
         averages: moving averages of the parameters, or an empty list.
-        data_hash: of the images, see `gpvae.data.Dataset`.
+        images: what tells the images from others, see `gpvae.data.Dataset.identity`.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class State:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
         averages: list[Tensor],
-        data_hash: str,
+        images: Mapping[str, Any],
     ) -> None:
         self.model, self.optimizer, self.generator = model, optimizer, generator
-        self.averages, self.data_hash = averages, data_hash
+        self.averages, self.images = averages, images
         self.epoch = self.best_epoch = 0
         self.best_valid_elbo = -math.inf
         self.best_weights = copy.deepcopy(model.state_dict())
@@ -57,7 +57,7 @@ class State:
         """What `save` writes; the tensors are those in use, not copies."""
         return {
             "config": json.dumps(config.to_dict()),
-            "data_hash": self.data_hash,
+            **self.images,
             "model": self.model.state_dict(),
             "best_weights": self.best_weights,
             "averages": self.averages,
@@ -78,7 +78,7 @@ class State:
         path = folder / "checkpoint.pt"
         if not path.exists():
             return
-        saved = load_checkpoint(path, config, data_hash=self.data_hash)
+        saved = load_checkpoint(path, config, images=self.images)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
@@ -117,7 +117,7 @@ def load_checkpoint(
     path: Path,
     config: RunConfig | None = None,
     keys: Sequence[str] = STATE_KEYS,
-    data_hash: str = "",
+    images: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint without unpickling code, and compare what it belongs to.
 
@@ -125,7 +125,7 @@ def load_checkpoint(
         path: of the file.
         config: of the run; None compares nothing.
         keys: what it must hold.
-        data_hash: of the run's images; "" compares nothing.
+        images: what tells the run's images from others; None compares nothing.
 
     Raises:
         CheckpointError: missing, truncated, foreign, or of another configuration or other images.
@@ -154,10 +154,12 @@ def load_checkpoint(
             f"{path} belongs to another configuration ({'; '.join(changed)}). "
             "Delete it or use another folder."
         )
-    if data_hash and saved.get("data_hash", data_hash) != data_hash:
+    # Older files do not hold everything.
+    others = [f"{k}: {saved[k]} -> {v}" for k, v in (images or {}).items() if saved.get(k, v) != v]
+    if others:
         raise CheckpointError(
-            f"{path} belongs to other images (hash {saved['data_hash']}; these have {data_hash}). "
-            "Delete it or use another folder: one for each data set."
+            f"{path} belongs to other images ({'; '.join(others)}). Delete it or use another "
+            "folder: one for each data set."
         )
     return saved
 

@@ -291,12 +291,12 @@ class EvaluationConfig:
     Args:
         part: images that they are made on: "test", or "valid" for runs that choose
             hyperparameters and must not see the test images.
-        samples: S, importance samples.
+        samples: S, importance samples; even with `gaps`, where two proposals share them.
         elbo_samples: posterior samples of each bound.
         gaps: whether to optimise each image's posterior.
         outliers: name of a data set of the same image shape, as many of whose test images get a
             bound and scores, to see whether these tell them apart; empty for none.
-        seed: of all noise.
+        seed: of the noise of bounds and estimates, whatever the training's seed.
     """
 
     part: str = "test"
@@ -477,6 +477,11 @@ def _check(config: RunConfig) -> None:
     for key, value in positive.items():
         if not 0 < value < math.inf:
             raise ConfigError(f"{key} is {value}; expected a positive number.")
+    if e.gaps and e.samples % 2:
+        raise ConfigError(
+            f"evaluation.samples is {e.samples}; with evaluation.gaps expected an even number, "
+            "half for each of two proposals."
+        )
     if m.network == "conv" and not m.channels:
         raise ConfigError("model.network is 'conv', but model.channels is empty.")
     if m.dequantise and m.output != "gaussian":

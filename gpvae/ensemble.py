@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,9 @@ def train_seeds(
     for config, file in zip(configs, files, strict=True):
         if file and file.exists():
             # It refuses what must not be overwritten.
-            load_checkpoint(file, config, data_hash=data.hash)
+            load_checkpoint(file, config, images=data.identity)
     device = pick_device(configs[0].training.device)
-    ensemble = Ensemble(configs, data.shape, device, data.hash)
+    ensemble = Ensemble(configs, data.shape, device, data.identity)
     if folder is not None:
         ensemble.load(folder)
     _train(ensemble, data, folder, log)
@@ -172,7 +172,7 @@ class Ensemble:
         configs: K runs that differ in their seed only.
         shape: (C, H, W) of one image.
         device: of everything.
-        data_hash: of the images.
+        images: what tells the images from others, see `gpvae.data.Dataset.identity`.
 
     Attributes:
         states: of the members; their model is the template, their optimiser the common one.
@@ -186,9 +186,9 @@ class Ensemble:
         configs: Sequence[RunConfig],
         shape: tuple[int, int, int],
         device: torch.device,
-        data_hash: str,
+        images: Mapping[str, Any],
     ) -> None:
-        self.data_hash = data_hash
+        self.images = images
         self.configs, self.training = list(configs), configs[0].training
         self.stacked = Stacked([build_model(c, shape).to(device).train() for c in configs])
         self.model, self.parameters = self.stacked.template, list(self.stacked.parameters.values())
@@ -205,7 +205,7 @@ class Ensemble:
         self.stacked.put(k)  # the first best weights are the initial ones
         averages = [average[k] for average in self.averages]
         generator = self.generators[k]
-        return State(self.model, self.optimizer, generator, averages, self.data_hash)
+        return State(self.model, self.optimizer, generator, averages, self.images)
 
     @property
     def running(self) -> list[int]:
@@ -280,7 +280,7 @@ class Ensemble:
             folder / "ensemble.pt",
             {
                 "config": json.dumps(self.configs[0].to_dict()),
-                "data_hash": self.data_hash,
+                **self.images,
                 "seeds": [config.seed for config in self.configs],
                 "model": [p.detach() for p in self.parameters],
                 "averages": self.averages,
@@ -302,7 +302,7 @@ class Ensemble:
         path = folder / "ensemble.pt"
         if not path.exists():
             return
-        saved = load_checkpoint(path, self.configs[0], KEYS, self.data_hash)
+        saved = load_checkpoint(path, self.configs[0], KEYS, self.images)
         seeds = [config.seed for config in self.configs]
         if saved["seeds"] != seeds:
             raise CheckpointError(

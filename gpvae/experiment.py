@@ -18,7 +18,7 @@ from gpvae import events, paths
 from gpvae.config import DataConfig, RunConfig
 from gpvae.data import Dataset, load_dataset
 from gpvae.ensemble import seed_groups, train_seeds
-from gpvae.errors import GPVAEError, TrainingError
+from gpvae.errors import DataError, GPVAEError, TrainingError
 from gpvae.evaluate import Estimate, elbo, log_likelihood
 from gpvae.gaps import decompose
 from gpvae.processes import make_executor
@@ -89,6 +89,20 @@ def run_folder(config: RunConfig, profile: str, data: Dataset) -> Path:
     return paths.results(profile) / "runs" / f"{config.name}-{run_key(config, data.hash)}"
 
 
+def _folder_of_weights(config: RunConfig, profile: str, data: Dataset) -> Path:
+    """Where the run's checkpoint lies: SVI takes the VAE's."""
+    if config.model.encoder == "svi":
+        config = config.override(**{"model.encoder": "vae"})
+    return run_folder(config, profile, data)
+
+
+def _discard_older(folder: Path, fresh_since: float) -> None:
+    """Delete a checkpoint from before that time, so that its run starts anew."""
+    file = folder / "checkpoint.pt"
+    if file.exists() and file.stat().st_mtime < fresh_since:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = print) -> Row:
     """Train, evaluate on test (or validation) images and store one row; an equal row is reused.
 
@@ -100,22 +114,23 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     """
     data = load_data(config)
     results = Results(profile)
+    results.renew(config.name, run_key(config, data.hash))
     status, reason = status_of(results, config, data, fresh_since)
     if status == "reused":
         events.record(profile, "row", config.name, status)
         return results.find(config.name)
     if reason:
         log(f"{config.name}: computed again ({reason})")
-    if reason == FORCED:
-        shutil.rmtree(run_folder(config, profile, data), ignore_errors=True)
+    _discard_older(_folder_of_weights(config, profile, data), fresh_since)
+    others = outlier_images(config, data.shape) if config.evaluation.outliers else None
     start = time.monotonic()
     model = trained(config, profile, data, log)
     seconds = {"train": model.history[-1]["seconds"]}
     x, began = evaluation_images(data, config.evaluation.part, config), time.monotonic()
     with cpu_threads(config.training.threads), matmul_precision(config.model.precision):
         estimates, arrays = evaluate(model.model, x, config)
-        if config.evaluation.outliers:
-            arrays |= evaluate_outliers(model.model, len(x), config)
+        if others is not None:
+            arrays |= evaluate_outliers(model.model, others[: len(x)], config)
     seconds["evaluate"] = round(time.monotonic() - began, 3)
     arrays["valid_index"] = data.valid_index
     row = _row(config, data, model, estimates, seconds)
@@ -158,7 +173,8 @@ def evaluate(
     arrays = posterior.scores()
     arrays["q_var"] = (posterior.std**2).mean(-1)
     if e.gaps:
-        gaps = decompose(model, x, e.samples, e.elbo_samples, SearchOptions(seed=e.seed))
+        options = SearchOptions(seed=e.seed)
+        gaps = decompose(model, x, e.samples, e.elbo_samples, options, seed=e.seed - 1)
         estimates = {
             "elbo": gaps.elbo,
             "log_likelihood": gaps.own,
@@ -183,19 +199,24 @@ def evaluate(
     return estimates, {k: _small(v) for k, v in arrays.items()}
 
 
-def evaluate_outliers(model: VAE, count: int, config: RunConfig) -> dict[str, np.ndarray]:
-    """Bound and scores of the first test images of another data set, [N] each, as `outlier_...`.
-
-    Args:
-        model: trained on the images of `config.data`.
-        count: how many images, at most.
-        config: the run; `config.evaluation.outliers` names the data set.
+def outlier_images(config: RunConfig, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Test images of the data set that `config.evaluation.outliers` names, [N, C, H, W].
 
     Raises:
-        DataError: the images are not there or have another shape.
+        DataError: the images are not there or are not of that shape, (C, H, W).
     """
     other = replace(config, data=DataConfig(config.evaluation.outliers, seed=config.data.seed))
-    x = evaluation_images(load_data(other), "test", other)[:count]
+    data = load_data(other)
+    if data.shape != shape:
+        raise DataError(
+            f"evaluation.outliers={other.data.name} has images of shape {data.shape}, those of "
+            f"{config.data.name} have {shape}; name a data set of the same shape."
+        )
+    return evaluation_images(data, "test", other)
+
+
+def evaluate_outliers(model: VAE, x: torch.Tensor, config: RunConfig) -> dict[str, np.ndarray]:
+    """Bound and scores of another data set's images x, [N] each, as `outlier_...`."""
     x = x.to(next(model.parameters()).device)
     with torch.no_grad():
         arrays = model(x).scores()

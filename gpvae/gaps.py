@@ -140,7 +140,8 @@ def decompose(
         elbo_samples: posterior samples of each of the two bounds.
         options: of the search for q*.
         optimised: result of an earlier search, for example `certify(model, x).best`.
-        seed: of all noise; the five estimates use independent noise.
+        seed: of all noise, that of the search only without `options`. The five estimates use
+            independent noise, unless `options` has one of the seeds 3 seed to 3 seed + 3.
 
     Raises:
         ConfigError: an odd number of samples.
@@ -150,7 +151,7 @@ def decompose(
         raise ConfigError(f"samples={samples}; expected an even number, half for each proposal.")
     model.generative.output.check(x)
     if optimised is None:
-        options = options or SearchOptions(seed=seed)
+        options = options or SearchOptions(seed=3 * seed + 4)
         optimised = optimise_posterior(model, x, options=options, elbo_samples=elbo_samples)
     q, neutral = model(x), widened(optimised.posterior)
     own, new, pooled = (

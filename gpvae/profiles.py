@@ -87,8 +87,7 @@ class Profile:
                     "model.encoder": encoder,
                     "model.output": out,
                     "seed": seed,
-                    # SVI takes the VAE's weights, so it is trained as the VAE is.
-                    **self.settings.get(("vae" if encoder == "svi" else encoder, out), {}),
+                    **self._chosen(encoder, out),
                 }
             )
             for out in ([output] if output else self.outputs)
@@ -96,6 +95,10 @@ class Profile:
             for encoder in self.encoders
             for seed in self.seeds
         ]
+
+    def _chosen(self, encoder: str, output: str) -> Mapping[str, Any]:
+        """Settings of that encoder; SVI takes the VAE's weights, so it is trained as the VAE is."""
+        return self.settings.get(("vae" if encoder == "svi" else encoder, output), {})
 
     def variation(self, name: str) -> list[RunConfig]:
         """The runs of one entry of `variations`, each once, seeds innermost."""
@@ -110,8 +113,8 @@ class Profile:
         """
         changes = {"model.output": self.outputs[0], **changes}
         encoder = changes.get("model.encoder", self.base.model.encoder)
-        chosen = {} if name.startswith("tuning") else self.settings
-        changes = {**chosen.get((encoder, changes["model.output"]), {}), **changes}
+        chosen = self._chosen(encoder, changes["model.output"])
+        changes = {**({} if name.startswith("tuning") else chosen), **changes}
         runs = [self.base.override(**{"seed": seed, **changes}) for seed in self.seeds]
         return list(dict.fromkeys(runs))
 

@@ -66,8 +66,9 @@ NOT_NUMERICAL = {
 
 # Versions that differ in checks and messages only: digest of the code -> that of the older version
 # which computes the same numbers bit for bit (shown by `tests/same_numbers.py`), in whose name it
-# writes its rows.
-CONTINUED = {"21a9fa42c3126dbe": "a0634a028104942f"}
+# writes its rows. One exception, stated in `figures/README.md`: SA-VAE's posterior at evaluation
+# has other inner noise now, with which its ELBO is lower by less than 0.1 nats.
+CONTINUED = {"53a0a8e2329a3e07": "a0634a028104942f"}
 
 
 @cache
@@ -181,6 +182,15 @@ class Results:
     def find(self, name: str) -> Row | None:
         """The newest row of that name."""
         return next((row for row in self.rows() if row["name"] == name), None)
+
+    def renew(self, name: str, key: str) -> None:
+        """Make the row of that name and key the newest of its name, if there is one: runs whose
+        configurations differ in something that names do not tell take turns.
+        """
+        rows = [row for row in read_json_lines(self.path) if row["name"] == name]
+        same = [row for row in rows if row["key"] == key]
+        if same and same[-1] is not rows[-1]:
+            append_json_line(self.path, same[-1])
 
     def everything(self) -> list[Row]:
         """All rows that were ever stored, committed ones first, then oldest first."""

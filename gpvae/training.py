@@ -125,7 +125,7 @@ def train(
     optimizer = make_adam(parameters, config, model, compiles(config, model))
     generator = torch.Generator(device).manual_seed(config.seed)
     averages = [p.detach().clone() for p in parameters] if t.average else []
-    state = State(model, optimizer, generator, averages, data.hash)
+    state = State(model, optimizer, generator, averages, data.identity)
     if folder is not None:
         folder = Path(folder)
         state.load(folder, config)
@@ -189,8 +189,19 @@ def evaluation_images(data: Dataset, part: str, config: RunConfig) -> torch.Tens
 
     What training does anew at every step (binarisation, dequantisation) is done once here, with
     noise fixed by the data configuration's seed.
+
+    Raises:
+        ConfigError: dequantisation to another number of grey levels than the images'.
+        DataError: images that the output has no density for.
     """
-    x = getattr(data, part).unit()
+    images = getattr(data, part)
+    if config.model.dequantise and images.levels != config.model.levels:
+        raise ConfigError(
+            f"model.dequantise would spread each pixel over one of model.levels = "
+            f"{config.model.levels} grey levels, but these images have {images.levels}. Set "
+            f"model.levels={images.levels}."
+        )
+    x = images.unit()
     output = make_output(data.shape, config.model)
     offset = {"valid": 1, "test": 2}[part]
     x = output.augment(x, torch.Generator().manual_seed(1000 * config.data.seed + offset))

@@ -200,6 +200,18 @@ def test_rows_table_and_figure_are_saved(project_root, bench, monkeypatch):
     assert len((folder / "speed.md").read_text().splitlines()) == len(rows) + 2
 
 
+def test_a_section_that_fails_keeps_the_earlier_ones(project_root, monkeypatch):
+    def fails(bench):
+        yield row("memory", "half a section", value=1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "memory", fails)
+    monkeypatch.setattr(floor, "floor", lambda bench: [row("floor", "x", value=2.0)])
+    assert run("--only", "floor", "memory", "--save") == 130
+    rows = read_json_lines(paths.figures("bench") / "rows.jsonl")
+    assert [each["case"] for each in rows] == ["x"]
+
+
 def test_saving_keeps_what_was_not_measured_now(project_root, bench):
     old, here = facts(bench) | {"device": "some GPU"}, facts(bench)
     report.save([row("memory", "x", value=1.0), row("floor", "y", value=1.0)], old)

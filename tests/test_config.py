@@ -27,7 +27,7 @@ def changed(value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + 1
+        return value + 2
     if isinstance(value, float):
         return value / 2 or 0.25
     if isinstance(value, list):
@@ -163,6 +163,18 @@ def test_settings_are_candidates_and_every_method_had_as_many(name):
         common = {"training.epochs": first.training.epochs, "seed": first.seed, **VALIDATION}
         names = {"model.encoder": place[0], "model.output": place[1]}
         assert profile.base.override(**names, **{**common, **settings}) in searched[place]
+
+
+def test_an_odd_number_of_samples_is_refused_before_anything_is_trained():
+    with pytest.raises(ConfigError, match=r"evaluation\.samples is 501.*even"):
+        RunConfig().override(**{"evaluation.samples": 501})
+    RunConfig().override(**{"evaluation.samples": 501, "evaluation.gaps": False})
+
+
+def test_svi_of_a_variation_is_that_of_the_table():
+    plan = PROFILES["rivals"]
+    table = [run for run in plan.runs("gaussian") if run.model.encoder == "svi"]
+    assert plan.setting("x", {"model.encoder": "svi"}) == table
 
 
 def test_settings_hold_for_their_encoder_and_output():

@@ -155,6 +155,9 @@ def test_damaged_image_is_named_and_skipped_only_on_request(tmp_path: Path) -> N
     means = raw.train.read()[:, 0].mean((1, 2))
     assert np.abs(means - [10 + k for k in range(15) if k != 6]).max() < 3
     assert split("celeba", raw).split["skipped"] == 1
+    again = read(found)  # the request holds for the cache, as `gpvae data cache` makes it
+    assert again.skipped == raw.skipped and again.hash == raw.hash
+    (celeba.make_plan(found).folder / "damaged-images-are-left-out").unlink()
     with pytest.raises(DataError, match=r"000007\.jpg"):  # the cache does not hide it
         read(found)
 

@@ -229,6 +229,7 @@ def test_own_arrays_and_tensors() -> None:
         (np.zeros((5, 4, 4), np.uint8), "x\\[:, None\\]"),
         (np.zeros((5, 4, 4, 3), np.uint8), "channels last"),
         (np.zeros((0, 1, 4, 4), np.uint8), "empty"),
+        (np.eye(4, dtype=np.uint8)[None, None], "only 0 and 1.*astype\\(bool\\)"),
         (np.zeros((5, 1, 4, 4), np.int64), "int64"),
         (np.full((5, 1, 4, 4), 200.0), "divide by 255"),
         (np.full((5, 1, 4, 4), np.nan, np.float32), "NaN"),

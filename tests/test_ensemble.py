@@ -34,7 +34,7 @@ MORE = {
     "conv": {"model.network": "conv", "model.channels": (3, 4)},
     "importance": {"model.importance_samples": 3},
     "marginal": {"model.encoder": "gpvae", "model.gp.bound": "marginal", "model.gp.residual": True},
-    "dequantised": {"model.dequantise": True},
+    "dequantised": {"model.dequantise": True, "model.levels": 17},
     "logistic": {"model.output": "logistic", "model.levels": 17},
     "pixels": {"model.output": "pixel-gaussian"},
 }

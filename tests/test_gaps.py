@@ -91,6 +91,16 @@ def test_svi_has_no_amortization_gap_and_vlae_can_have_a_negative_one(linear_gau
     assert abs(gaps.inference.mean) < 4.5 * gaps.inference.stderr.mean() / math.sqrt(20)
 
 
+def test_the_two_bounds_of_a_gap_have_noise_of_their_own(linear_gaussian):
+    """SVI's gap is zero, so that what is left is the noise that its standard error states."""
+    known = linear_gaussian(SVI, orthogonal=False)
+    known.model.eval()
+    for seed in (0, 3):
+        gaps = decompose(known.model, known.x, samples=2, elbo_samples=500, seed=seed)
+        z = gaps.amortization.value / gaps.amortization.stderr
+        assert 0.3 < z.square().mean() < 3
+
+
 def test_a_result_of_an_earlier_search_is_used():
     model, x = make(), images(4)
     found = certify(model, x).best

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +84,36 @@ def test_missing_arrays_and_wish_for_fresh_results(project_root, config, lines):
     assert "(asked for)" in lines[-1]
     same = {k: v for k, v in forced.items() if k not in ("finished", "seconds")}
     assert same == {k: v for k, v in again.items() if k not in ("finished", "seconds")}
+
+
+def test_runs_that_names_do_not_tell_apart_take_turns(project_root, config):
+    """A, B and A again: the second A is there already."""
+    other = config.override(**{"training.learning_rate": 1e-4})
+    assert other.name == config.name
+    first, second = run(config, "t"), run(other, "t")
+    assert run(config, "t") == first and Results("t").rows() == [first]
+    assert run(other, "t") == second and Results("t").rows() == [second]
+    statuses = [e.status for e in events.read("t")[0]]
+    assert statuses == ["made", "recomputed", "reused", "reused"]
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+@pytest.mark.parametrize("encoder", ["vae", "svi"])
+def test_a_forced_run_trains_anew(project_root, config, encoder, interrupted):
+    """Also one that ended before its row was written, and SVI, whose weights are the VAE's."""
+    config = config.override(**{"model.encoder": encoder})
+    row = run(config, "t")
+    if interrupted:
+        Results("t").path.unlink()
+    (file,) = (paths.results("t") / "runs").glob("*/checkpoint.pt")
+    trained, now = file.stat().st_mtime, time.time()
+    again = run(config, "t", fresh_since=now)
+    assert again["elbo"] == row["elbo"] and file.stat().st_mtime > now > trained
+    trained = file.stat().st_mtime
+    if not interrupted:  # what this call itself has trained is kept
+        Results("t").path.unlink()
+        run(config, "t", fresh_since=now)
+        assert file.stat().st_mtime == trained
 
 
 def test_two_processes_give_the_rows_of_one(project_root, config):
@@ -176,6 +207,25 @@ def test_gaps_and_scores_of_a_run(project_root, config):
     assert gap.mean() > 0
     assert {"relative_f_var", "f_var", "h_var", "q_var", "converged"} <= set(arrays)
     assert (arrays["relative_f_var"] > 0).all()
+
+
+def test_outliers_that_cannot_be_had_are_named_before_training(project_root, config, monkeypatch):
+    monkeypatch.setattr(gpvae.VAE, "loss_terms", None)  # would fail if it trained
+    options = {"evaluation.outliers": "digits", "data.name": str(project_root / "own.npy")}
+    pixels = np.arange(1600).astype(np.uint8)
+    np.save(project_root / "own.npy", pixels.reshape(100, 1, 4, 4))
+    with pytest.raises(DataError, match=r"digits has images of shape \(1, 8, 8\)"):
+        run(config.override(**options), "p")
+
+
+@pytest.mark.parametrize("gaps", [True, False])
+def test_the_seed_of_the_evaluation_reaches_every_estimate(project_root, config, gaps):
+    options = {"evaluation.gaps": gaps}
+    a, b = (run(config.override(**options, **{"evaluation.seed": s}), "p") for s in (1, 2))
+    estimates = [key for key, value in a.items() if isinstance(value, dict) and "mean" in value]
+    assert len(estimates) == (5 if gaps else 2)
+    for key in estimates:
+        assert a[key]["mean"] != b[key]["mean"], key
 
 
 def test_outliers_get_the_bound_and_scores_of_other_images(project_root, config):

@@ -14,6 +14,7 @@ import gpvae
 from gpvae.config import ModelConfig, SAVAEConfig
 from gpvae.errors import ConfigError, TrainingError
 from gpvae.evaluate import log_likelihood
+from gpvae.noise import ImageNoise
 from gpvae.savae import SAVAE, clipped
 from gpvae.svi import measured
 from gpvae.training import build_model, train
@@ -50,6 +51,24 @@ def test_no_steps_are_the_vae_to_the_last_bit():
     assert torch.equal(model(x).mean, vae(x).mean)
     assert torch.equal(model(x).std, vae(x).std)
     assert torch.equal(loss(model, x), loss(vae, x))
+
+
+def test_noise_of_the_images_leaves_them_their_posterior():
+    """As at evaluation, where the inner noise is fixed; whole and in parts."""
+    model, x = make(), images()
+    with torch.no_grad():
+        parts = [model.bound_terms(each, 2, ImageNoise(each, 3)) for each in (x[:1], x[1:])]
+        whole = model.bound_terms(x, 2, ImageNoise(x, 3))
+    for i, term in enumerate(whole):
+        torch.testing.assert_close(term, torch.cat([part[i] for part in parts], -1))
+
+
+def test_bounds_are_not_measured_with_the_draws_that_were_ascended():
+    """They would be too high; the streams of evaluations are those of small seeds."""
+    model, x = make(steps=4).eval(), images()
+    ascended = model.encoder._noise(x, 2).flatten(0, 1)
+    for seed in range(-10, 100):
+        assert not torch.equal(ImageNoise(x, seed).normal(ascended.shape, x), ascended)
 
 
 def test_a_zero_step_is_the_vae_to_machine_precision():

@@ -231,6 +231,14 @@ def test_bernoulli_evaluation_images_are_fixed_and_binary(blobs, tiny_config):
     assert torch.equal(grey, blobs.test.unit())
 
 
+def test_dequantisation_has_the_grey_levels_of_the_images(blobs, tiny_config):
+    config = tiny_config.override(**{"model.dequantise": True})
+    with pytest.raises(ConfigError, match=r"these images have 17\. Set model\.levels=17"):
+        train(config, blobs)
+    x = training.evaluation_images(blobs, "test", config.override(**{"model.levels": 17}))
+    assert torch.equal((x * 17).floor(), blobs.test.pixels.float())
+
+
 def test_a_checkpoint_of_other_images_is_refused(blobs, tiny_config, tmp_path):
     """The configuration says nothing of arrays in memory; the checkpoint does."""
     first = train(tiny_config, blobs, str(tmp_path))
@@ -239,8 +247,13 @@ def test_a_checkpoint_of_other_images_is_refused(blobs, tiny_config, tmp_path):
     others = gpvae.from_images(16 - blobs.train.pixels.numpy(), levels=17)
     with pytest.raises(CheckpointError, match=r"other images.*one for each data set"):
         train(tiny_config, others, tmp_path)
+    brighter = gpvae.from_images(blobs.train.pixels.numpy(), levels=20)
+    darker = gpvae.from_images(blobs.train.pixels.numpy(), levels=40)
+    train(tiny_config, brighter, tmp_path / "levels")
+    with pytest.raises(CheckpointError, match=r"other images \(levels: 20 -> 40\)"):
+        train(tiny_config, darker, tmp_path / "levels")
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del saved["data_hash"]  # as older versions wrote it
+    del saved["data_hash"], saved["levels"]  # as older versions wrote it
     save_checkpoint(tmp_path / "checkpoint.pt", saved)
     assert train(tiny_config, others, tmp_path).history == first.history
 

@@ -76,15 +76,18 @@ def run(args: argparse.Namespace) -> int:
     repeats = args.repeats or (2 if args.quick else 15)
     device = pick_device(args.device)
     bench = Bench(device, args.threads, repeats, quick=args.quick, compile=args.compile)
-    rows = []
-    with cpu_threads(bench.threads):
-        header = facts(bench)
-        print(report.format_facts(header), flush=True)
-        for name in args.only or SECTIONS:
-            print(f"\n{name}", flush=True)
-            for row in getattr(import_module(SECTIONS[name]), name)(bench):
-                print(report.format_row(row), flush=True)
-                rows.append(row)
-    if args.save:
-        print(f"\nsaved in {report.save(rows, header)}")
+    rows, header = [], facts(bench)
+    print(report.format_facts(header), flush=True)
+    try:
+        with cpu_threads(bench.threads):
+            for name in args.only or SECTIONS:
+                print(f"\n{name}", flush=True)
+                section = []
+                for row in getattr(import_module(SECTIONS[name]), name)(bench):
+                    print(report.format_row(row), flush=True)
+                    section.append(row)
+                rows += section
+    finally:  # a section that fails or is stopped does not take the earlier ones with it
+        if args.save and rows:
+            print(f"\nsaved in {report.save(rows, header)}")
     return 0

@@ -188,7 +188,7 @@ def seeds(bench: Bench) -> Iterator[Row]:
 def seeds_case(bench: Bench, config: RunConfig, count: int) -> Case:
     """`bench.steps` steps of `gpvae.ensemble.train_seeds`."""
     configs = [config.override(seed=seed) for seed in range(count)]
-    ensemble = Ensemble(configs, bench.shape, bench.device)
+    ensemble = Ensemble(configs, bench.shape, bench.device, images={})
     images, batch = (
         bench.images(bench.steps * config.training.batch_size),
         config.training.batch_size,

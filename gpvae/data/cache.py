@@ -104,7 +104,7 @@ def ensure(
     Args:
         plan: what is to be built.
         check: called before a build, to check the source.
-        skip_bad: accept images that cannot be decoded.
+        skip_bad: leave out images that cannot be decoded, in this call and in later ones.
         processes: number of workers; None for one per core, at most 16.
         block: images in a block.
         progress: show a bar on standard error.
@@ -124,7 +124,11 @@ def ensure(
             cache = open_cache(plan)
     if cache is None:
         raise DataError(f"{plan.folder} was built but cannot be opened. Delete it and try again.")
-    if cache.bad and not skip_bad:
+    accepted = plan.folder / "damaged-images-are-left-out"
+    if cache.bad and skip_bad:
+        with writing(plan.folder, VARIABLE):
+            accepted.touch()
+    if cache.bad and not accepted.exists():
         raise DataError(describe_bad(list(cache.bad.values())))
     return cache
 
@@ -133,8 +137,8 @@ def describe_bad(reasons: list[str]) -> str:
     """What to say about images that cannot be decoded."""
     more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
     return (
-        f"{' '.join(reasons[:3])}{more} To leave such images out: skip_corrupt=True, on the "
-        "command line `gpvae data cache NAME --skip-corrupt`."
+        f"{' '.join(reasons[:3])}{more} To leave such images out, once and for all: "
+        "skip_corrupt=True, on the command line `gpvae data cache NAME --skip-corrupt`."
     )
 
 

@@ -172,6 +172,11 @@ class Dataset:
         """(C, H, W)."""
         return self.train.shape
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What tells these images from others, as checkpoints hold it."""
+        return {"data_hash": self.hash, "levels": self.train.levels}
+
 
 def split(
     name: str,

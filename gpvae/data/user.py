@@ -69,6 +69,11 @@ def as_pixels(images: Images | Tensor | np.ndarray, levels: int) -> tuple[np.nda
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.dtype == bool:
         array, levels = array.astype(np.uint8), 2
+    elif array.dtype == np.uint8 and levels == 256 and 0 < array.max(initial=0) == 1:
+        raise DataError(
+            "the images hold only 0 and 1, which as 8-bit grey levels are all but black. Convert "
+            "binary images with x.astype(bool)."
+        )
     elif array.dtype.kind == "f" and array.dtype != np.float32:
         array = array.astype(np.float32)
     if array.dtype not in (np.uint8, np.float32):
