@@ -27,6 +27,7 @@ from gpvae.tables import LABELS, MISSING, verdict
 from gpvae.variations import NOISELESS
 
 COLUMN, TEXT = 3.4, 7.0  # widths in inches
+STRAY = 20  # times the 99% quantile: an image so far off has an axis of its own
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
     "vae": _PALETTE[0],
@@ -330,9 +331,18 @@ def refinement_curves(ax: Axes, refinement: Refinement, each: int) -> None:
 
 
 def scatter(ax: Axes, x: np.ndarray, y: np.ndarray, encoder: str) -> None:
-    """Per-image scatter in the method's colour, for narrow panels."""
+    """Per-image scatter in the method's colour, for narrow panels.
+
+    Where single images would flatten all others, the axis is logarithmic beyond the other 99%.
+    """
     ax.plot(x, y, ".", color=COLOURS[encoder], alpha=0.5, ms=3, mew=0)
     ax.locator_params(axis="x", nbins=3)  # numbers of thousands would overlap
+    for set_scale, values in ((ax.set_xscale, np.abs(x)), (ax.set_yscale, np.abs(y))):
+        usual, largest = float(np.quantile(values, 0.99)), values.max()
+        if largest > STRAY * usual:
+            set_scale("symlog", linthresh=usual, linscale=3)
+            if set_scale == ax.set_xscale:  # a tick for each power of ten would overlap
+                ax.set_xticks([0, 10.0 ** np.floor(np.log10(largest))])
 
 
 def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) -> None:

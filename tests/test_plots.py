@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
@@ -176,3 +177,13 @@ def test_a_short_logarithmic_axis_has_a_few_numbers(ax, low, high, count):
     shown = [t for t in ax.get_xticklabels() if low < t.get_position()[0] < high]
     assert len(shown) == count and all(t.get_text() for t in shown)
     assert not any(t.get_text() for t in ax.get_xticklabels(minor=True))
+
+
+def test_one_image_does_not_flatten_all_others(ax):
+    gap = np.linspace(1, 100, 500)
+    plots.scatter(ax, gap, gap, "gpvae")
+    assert ax.get_xscale() == ax.get_yscale() == "linear"
+    plots.scatter(ax, gap, np.where(gap == 100, 4.5e5, gap), "gpvae")
+    assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "symlog")
+    low, middle, high = ax.transData.transform([(0, 0), (0, 99), (0, 4.5e5)])[:, 1]
+    assert middle - low > 0.4 * (high - low)
