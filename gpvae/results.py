@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gpvae import paths
-from gpvae.config import RunConfig, differences
+from gpvae.config import RunConfig, differences, from_dict
 from gpvae.errors import DataError
 from gpvae.plugins import METHOD_HASHES
 
@@ -131,8 +131,20 @@ def versions() -> dict[str, str]:
 
 def run_key(config: RunConfig, data_hash: str) -> str:
     """Digest of what a result depends on: configuration, data and code."""
-    text = f"{config.hash()}{data_hash}{code_hash()}{method_hash(config)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _key(config, data_hash, code_hash(), method_hash(config))
+
+
+def checkpoint_name(row: Row) -> str:
+    """Name of the folder in which the checkpoint of a row lies: see `gpvae.experiment.run_folder`,
+    with the versions of data and code that the row has.
+    """
+    config = from_dict(RunConfig, row["config"]).for_training()
+    key = _key(config, row["data_hash"], row["code_hash"], row.get("method_hash", ""))
+    return f"{config.name}-{key}"
+
+
+def _key(config: RunConfig, *hashes: str) -> str:
+    return hashlib.sha256("".join((config.hash(), *hashes)).encode()).hexdigest()[:12]
 
 
 def method_hash(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from gpvae.errors import ConfigError, TrainingError
 from gpvae.experiment import Log, run_all, trained
 from gpvae.jobs import Failure, committed_failures_path, read_failures
 from gpvae.profiles import Profile
-from gpvae.results import Results, Row, code_hash, not_finite
+from gpvae.results import Results, Row, checkpoint_name, code_hash, not_finite
 from gpvae.training import build_model, load_model
 from gpvae.vae import VAE
 
@@ -175,4 +175,4 @@ def history_of(row: Row, profile: str) -> list[dict[str, float]]:
 
 
 def _checkpoint(row: Row, profile: str) -> Path:
-    return paths.results(profile) / "runs" / f"{row['name']}-{row['key']}" / "checkpoint.pt"
+    return paths.results(profile) / "runs" / checkpoint_name(row) / "checkpoint.pt"
