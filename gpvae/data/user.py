@@ -69,7 +69,7 @@ def as_pixels(images: Images | Tensor | np.ndarray, levels: int) -> tuple[np.nda
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.dtype == bool:
         array, levels = array.astype(np.uint8), 2
-    elif array.dtype == np.uint8 and levels == 256 and 0 < array.max(initial=0) == 1:
+    elif array.dtype == np.uint8 and levels == 256 and _is_binary(array):
         raise DataError(
             "the images hold only 0 and 1, which as 8-bit grey levels are all but black. Convert "
             "binary images with x.astype(bool)."
@@ -88,6 +88,11 @@ def as_pixels(images: Images | Tensor | np.ndarray, levels: int) -> tuple[np.nda
         )
     check_pixels(array, levels)
     return array, levels
+
+
+def _is_binary(array: np.ndarray) -> bool:
+    """Whether pixels are 0 and 1 only; a file is not read to its end if its first images tell."""
+    return array.ndim > 0 and array[:64].max(initial=0) <= 1 and array.max(initial=0) == 1
 
 
 def check_pixels(array: np.ndarray, levels: int, bytes_at_once: int = 2**26) -> None:
