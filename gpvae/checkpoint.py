@@ -166,5 +166,5 @@ def load_checkpoint(
 
 def _changed(old: dict[str, Any], config: RunConfig) -> list[str]:
     """What differs; how the model is evaluated afterwards does not matter."""
-    default = config.for_training().to_dict()
-    return differences({**old, "evaluation": default["evaluation"]}, default)
+    new = config.to_dict()
+    return differences({**old, "evaluation": new["evaluation"]}, new)

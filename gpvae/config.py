@@ -339,8 +339,13 @@ class RunConfig:
         return from_dict(RunConfig, tree)
 
     def for_training(self) -> RunConfig:
-        """With the default evaluation: runs for which this is equal train the same model."""
-        return replace(self, evaluation=EvaluationConfig())
+        """What is trained for this run: runs for which it is equal share their weights.
+
+        How a model is evaluated does not matter, and SVI is the VAE until it is evaluated.
+        """
+        encoder = "vae" if self.model.encoder == "svi" else self.model.encoder
+        model = replace(self.model, encoder=encoder)
+        return replace(self, model=model, evaluation=EvaluationConfig())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as stored in rows and checkpoints (tuples become lists)."""

@@ -26,6 +26,7 @@ from gpvae.refine import study
 from gpvae.results import (
     Results,
     Row,
+    checkpoint_name,
     code_hash,
     method_hash,
     run_key,
@@ -34,7 +35,7 @@ from gpvae.results import (
 )
 from gpvae.search import SearchOptions
 from gpvae.step import matmul_precision
-from gpvae.training import Trained, build_model, evaluation_images, train
+from gpvae.training import Trained, evaluation_images, train, with_weights
 from gpvae.vae import VAE
 
 Log = Callable[[str], None]
@@ -56,18 +57,14 @@ def load_data(config: RunConfig) -> Dataset:
 def trained(
     config: RunConfig, profile: str, data: Dataset | None = None, log: Log = print
 ) -> Trained:
-    """The trained model of a run; from its checkpoint where there is one.
-
-    SVI is the VAE until it is evaluated, so it takes the weights of the VAE's run.
-    """
+    """The trained model of a run; from its checkpoint where there is one."""
     data = data or load_data(config)
-    if config.model.encoder == "svi":
-        found = trained(config.override(**{"model.encoder": "vae"}), profile, data, log)
-        model = build_model(config, data.shape).to(next(found.model.parameters()).device)
-        model.load_state_dict(found.model.state_dict())
-        return replace(found, model=model.eval())
+    owner = replace(config, model=config.for_training().model)
     with cpu_threads(config.training.threads):
-        return train(config, data, run_folder(config, profile, data), log=log)
+        found = train(owner, data, run_folder(config, profile, data), log=log)
+    if owner == config:
+        return found
+    return replace(found, model=with_weights(config, found.model, data.shape))
 
 
 @contextmanager
@@ -82,24 +79,17 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def run_folder(config: RunConfig, profile: str, data: Dataset) -> Path:
-    """Checkpoint folder of a run; other data or code, or another configuration of anything but the
-    evaluation, has another folder.
+    """Checkpoint folder of a run: with other data or code, or where something else is trained, it
+    has another name.
     """
-    config = config.for_training()
-    return paths.results(profile) / "runs" / f"{config.name}-{run_key(config, data.hash)}"
-
-
-def _folder_of_weights(config: RunConfig, profile: str, data: Dataset) -> Path:
-    """Where the run's checkpoint lies: SVI takes the VAE's."""
-    if config.model.encoder == "svi":
-        config = config.override(**{"model.encoder": "vae"})
-    return run_folder(config, profile, data)
+    name = checkpoint_name(config, data.hash, code_hash(), method_hash(config))
+    return paths.results(profile) / "runs" / name
 
 
 def _discard_older(folder: Path, fresh_since: float) -> None:
-    """Delete a checkpoint from before that time, so that its run starts anew."""
-    file = folder / "checkpoint.pt"
-    if file.exists() and file.stat().st_mtime < fresh_since:
+    """Delete a checkpoint from before that time, so that what it is of starts anew."""
+    times = [file.stat().st_mtime for file in folder.glob("*.pt")]
+    if times and max(times) < fresh_since:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -121,7 +111,7 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
         return results.find(config.name)
     if reason:
         log(f"{config.name}: computed again ({reason})")
-    _discard_older(_folder_of_weights(config, profile, data), fresh_since)
+    _discard_older(run_folder(config, profile, data), fresh_since)
     others = outlier_images(config, data.shape) if config.evaluation.outliers else None
     start = time.monotonic()
     model = trained(config, profile, data, log)
@@ -184,7 +174,8 @@ def evaluate(
         }
         arrays["converged"] = gaps.optimised.converged
         if posterior.scores():
-            refined = study(model, x, posterior.scores(), elbo_samples=e.elbo_samples)
+            options, ranked_by = SearchOptions(seed=e.seed - 1), posterior.scores()
+            refined = study(model, x, ranked_by, options=options, elbo_samples=e.elbo_samples)
             arrays["refine_steps"] = refined.steps
             arrays["refine_bounds"] = refined.bounds
             arrays["refine_ranking"] = refined.ranking_bounds
@@ -308,7 +299,9 @@ def run_all(
     return [outcome.rows[profile, config.name] for config in configs]
 
 
-def train_together(configs: Sequence[RunConfig], profile: str, log: Log = print) -> None:
+def train_together(
+    configs: Sequence[RunConfig], profile: str, fresh_since: float = 0.0, log: Log = print
+) -> None:
     """Train runs that differ in their seed only side by side on a GPU, which one would leave idle.
 
     Their checkpoints then lie where `trained` finds them. It is left to `trained` to train what
@@ -318,18 +311,20 @@ def train_together(configs: Sequence[RunConfig], profile: str, log: Log = print)
     Args:
         configs: runs that are about to be made.
         profile: whose results folder holds their checkpoints.
+        fresh_since: train anew what was trained before this time (seconds since 1970).
         log: called with progress lines.
     """
-    lone = [
-        c.override(**{"model.encoder": "vae"}) if c.model.encoder == "svi" else c for c in configs
-    ]
-    for group in seed_groups(lone):
+    for group in seed_groups([config.for_training() for config in configs]):
         if _on_gpu(group[0]):
-            _train_group(group, profile, load_data(group[0]), log)
+            _train_group(group, profile, load_data(group[0]), fresh_since, log)
 
 
-def _train_group(group: list[RunConfig], profile: str, data: Dataset, log: Log) -> None:
+def _train_group(
+    group: list[RunConfig], profile: str, data: Dataset, fresh_since: float, log: Log
+) -> None:
     place = _group_folder(group, profile, data)
+    for folder in (place, *(run_folder(config, profile, data) for config in group)):
+        _discard_older(folder, fresh_since)
     if not place.exists():  # otherwise it was cut, perhaps while the runs' checkpoints were written
         folders = {c: run_folder(c, profile, data) for c in group}
         group = [c for c in group if not (folders[c] / "checkpoint.pt").exists()]
@@ -346,7 +341,7 @@ def _train_group(group: list[RunConfig], profile: str, data: Dataset, log: Log) 
 
 
 def _group_folder(group: list[RunConfig], profile: str, data: Dataset) -> Path:
-    keys = "".join(run_key(config.for_training(), data.hash) for config in group)
+    keys = "".join(run_key(config, data.hash) for config in group)
     return paths.results(profile) / "ensembles" / hashlib.sha256(keys.encode()).hexdigest()[:12]
 
 

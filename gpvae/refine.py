@@ -35,7 +35,7 @@ from gpvae.search import (
 from gpvae.svi import gaussians, measured
 from gpvae.vae import VAE, Generative
 
-REPORT, SELECT = 1, 2  # seeds of the noise that reports and of the noise that ranks
+REPORT, SELECT = 1, 2  # of the noise that reports and of that which ranks: added to the seed
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def study(
         scores: by name, [N]; larger means refined first.
         steps: the most SVI steps that an image gets.
         every: steps between two records.
-        options: of the steps.
+        options: of the steps; their seed is that of all noise.
         elbo_samples: samples of each recorded bound.
 
     Raises:
@@ -151,7 +151,7 @@ def study(
 
     reported, ranking = (
         torch.stack([measured(model.generative, x, q, elbo_samples, seed).value for q in path])
-        for seed in (REPORT, SELECT)
+        for seed in (options.seed + REPORT, options.seed + SELECT)
     )
     ranked_by = {name: score.to(reported) for name, score in scores.items()}
     return Study(torch.tensor(counts).to(reported), reported, ranking, ranked_by)

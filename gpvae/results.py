@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gpvae import paths
-from gpvae.config import RunConfig, differences, from_dict
+from gpvae.config import RunConfig, differences
 from gpvae.errors import DataError
 from gpvae.plugins import METHOD_HASHES
 
@@ -68,7 +68,7 @@ NOT_NUMERICAL = {
 # which computes the same numbers bit for bit (shown by `tests/same_numbers.py`), in whose name it
 # writes its rows. One exception, stated in `figures/README.md`: SA-VAE's posterior at evaluation
 # has other inner noise now, with which its ELBO is lower by less than 0.1 nats.
-CONTINUED = {"53a0a8e2329a3e07": "a0634a028104942f"}
+CONTINUED = {"e7bcb02a2f88ded9": "a0634a028104942f"}
 
 
 @cache
@@ -134,13 +134,10 @@ def run_key(config: RunConfig, data_hash: str) -> str:
     return _key(config, data_hash, code_hash(), method_hash(config))
 
 
-def checkpoint_name(row: Row) -> str:
-    """Name of the folder in which the checkpoint of a row lies: see `gpvae.experiment.run_folder`,
-    with the versions of data and code that the row has.
-    """
-    config = from_dict(RunConfig, row["config"]).for_training()
-    key = _key(config, row["data_hash"], row["code_hash"], row.get("method_hash", ""))
-    return f"{config.name}-{key}"
+def checkpoint_name(config: RunConfig, data_hash: str, code: str, method: str) -> str:
+    """Name of the folder in which a run's checkpoint lies, by the hashes that its row has."""
+    config = config.for_training()
+    return f"{config.name}-{_key(config, data_hash, code, method)}"
 
 
 def _key(config: RunConfig, *hashes: str) -> str:

@@ -21,7 +21,7 @@ from gpvae.experiment import Log, run_all, trained
 from gpvae.jobs import Failure, committed_failures_path, read_failures
 from gpvae.profiles import Profile
 from gpvae.results import Results, Row, checkpoint_name, code_hash, not_finite
-from gpvae.training import build_model, load_model
+from gpvae.training import load_model, with_weights
 from gpvae.vae import VAE
 
 SHOWN = 4  # names of missing runs that are printed
@@ -147,20 +147,13 @@ def model_of(
     """
     if not stored:
         return trained(config, profile, data, log).model.cpu()
-    # SVI has no weights of its own: it takes those of the VAE's run.
-    owner = config.override(**{"model.encoder": "vae"}) if config.model.encoder == "svi" else config
-    row = _newest(profile).get(owner.hash())
+    row = _newest(profile).get(config.hash())
     if row is None:
         return None
     path = _checkpoint(row, profile)
     if not path.exists():
         return None
-    model = load_model(path, data.shape)[0]
-    if owner is config:
-        return model
-    refined = build_model(config, data.shape)
-    refined.load_state_dict(model.state_dict())
-    return refined.eval()
+    return with_weights(config, load_model(path, data.shape)[0], data.shape)
 
 
 def history_of(row: Row, profile: str) -> list[dict[str, float]]:
@@ -175,4 +168,6 @@ def history_of(row: Row, profile: str) -> list[dict[str, float]]:
 
 
 def _checkpoint(row: Row, profile: str) -> Path:
-    return paths.results(profile) / "runs" / checkpoint_name(row) / "checkpoint.pt"
+    config = from_dict(RunConfig, row["config"])
+    hashes = row["data_hash"], row["code_hash"], row.get("method_hash", "")
+    return paths.results(profile) / "runs" / checkpoint_name(config, *hashes) / "checkpoint.pt"

@@ -70,8 +70,8 @@ def sweep(
         _submit_all(waiting, executor, score, fresh_since)
         return score.outcome
     for profile in configs_by_profile:
-        together = [j.config for j in waiting if j.profile == profile and not fresh_since]
-        experiment.train_together(together, profile, log)
+        together = [job.config for job in waiting if job.profile == profile]
+        experiment.train_together(together, profile, fresh_since, log)
     for job in waiting:
         score.settle(job, lambda j=job: experiment.run(j.config, j.profile, fresh_since, log))
     return score.outcome

@@ -73,6 +73,13 @@ def build_model(config: RunConfig, shape: tuple[int, int, int]) -> VAE:
         return MODELS[name](shape, config.model)
 
 
+def with_weights(config: RunConfig, model: VAE, shape: tuple[int, int, int]) -> VAE:
+    """A model of this configuration with the weights of `model`, on its device, in eval mode."""
+    other = build_model(config, shape).to(next(model.parameters()).device)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
 def pick_device(name: str) -> torch.device:
     """The device that a configuration asks for; "auto" is cuda if there is one.
 

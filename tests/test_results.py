@@ -220,12 +220,16 @@ def test_outliers_that_cannot_be_had_are_named_before_training(project_root, con
 
 @pytest.mark.parametrize("gaps", [True, False])
 def test_the_seed_of_the_evaluation_reaches_every_estimate(project_root, config, gaps):
-    options = {"evaluation.gaps": gaps}
-    a, b = (run(config.override(**options, **{"evaluation.seed": s}), "p") for s in (1, 2))
+    config = config.override(**{"evaluation.gaps": gaps, "model.encoder": "gpvae"})
+    a, b = (run(config.override(**{"evaluation.seed": s}), f"p/{s}") for s in (1, 2))
     estimates = [key for key, value in a.items() if isinstance(value, dict) and "mean" in value]
     assert len(estimates) == (5 if gaps else 2)
     for key in estimates:
         assert a[key]["mean"] != b[key]["mean"], key
+    if gaps:
+        refined = Results("p/1").arrays(a), Results("p/2").arrays(b)
+        for key in ("refine_bounds", "refine_ranking"):  # the start, where only the noise differs
+            assert (refined[0][key][0] != refined[1][key][0]).all(), key
 
 
 def test_outliers_get_the_bound_and_scores_of_other_images(project_root, config):

@@ -36,15 +36,29 @@ def left():
 
 def test_runs_find_their_trained_models(configs, monkeypatch):
     lines = []
-    train_together(configs, "p", lines.append)
+    train_together(configs, "p", log=lines.append)
     assert lines == [f"{configs[0].name}: trained together with 1 other seeds"]
-    assert files(configs) == [True, True, False, False] and not left()
+    assert files(configs) == [True] * 4 and not left()
     monkeypatch.setattr(gpvae.VAE, "loss_terms", None)  # would fail if called
     results = [trained(config, "p") for config in configs]
     for a, b in zip(results[:2], results[2:], strict=True):
         states = (r.model.state_dict().values() for r in (a, b))
         assert all(torch.equal(p, q) for p, q in zip(*states, strict=True))
     train_together(configs, "p")  # nothing is left to do
+
+
+def test_what_is_forced_is_trained_together_again(configs):
+    def times():
+        folders = [run_folder(c, "p", load_data(c)) for c in configs[:2]]
+        return [(folder / "checkpoint.pt").stat().st_mtime for folder in folders]
+
+    train_together(configs, "p")
+    before = times()
+    train_together(configs, "p", fresh_since=min(before))  # not older
+    assert times() == before
+    lines = []
+    train_together(configs, "p", fresh_since=max(before) + 1e-3, log=lines.append)
+    assert len(lines) == 1 and min(times()) > max(before)
 
 
 def test_what_has_begun_or_is_alone_is_left_alone(configs):
@@ -66,7 +80,7 @@ def test_a_group_that_fails_is_left_to_single_runs(configs, monkeypatch):
 
     monkeypatch.setattr(experiment, "train_seeds", fail)
     lines = []
-    train_together(configs, "p", lines.append)
+    train_together(configs, "p", log=lines.append)
     assert "too little memory" in lines[-1] and files(configs) == [False] * 4 and not left()
 
 
