@@ -296,7 +296,9 @@ class EvaluationConfig:
         gaps: whether to optimise each image's posterior.
         outliers: name of a data set of the same image shape, as many of whose test images get a
             bound and scores, to see whether these tell them apart; empty for none.
-        seed: of the noise of bounds and estimates, whatever the training's seed.
+        seed: of the noise of bounds and estimates, whatever the training's seed; from 1 (at which
+            the optimised bound and the own log p(x) share their draws), as 0 would share those of
+            log p(x) and the optimised bound, which are subtracted.
     """
 
     part: str = "test"
@@ -472,6 +474,7 @@ def _check(config: RunConfig) -> None:
         "training.threads": t.threads,
         "evaluation.samples": e.samples,
         "evaluation.elbo_samples": e.elbo_samples,
+        "evaluation.seed": e.seed,
     }
     sizes = {name: getattr(config.data, name) for name in ("train_size", "valid_size", "test_size")}
     positive |= {f"data.{name}": size for name, size in sizes.items() if size is not None}

@@ -35,6 +35,7 @@ from gpvae.step import make_adam, matmul_precision
 from gpvae.training import (
     Trained,
     build_model,
+    check_best,
     check_dataset,
     check_finite,
     evaluation_images,
@@ -246,9 +247,14 @@ class Ensemble:
             self.states[k].record(row)
 
     def end(self) -> list[int]:
-        """Keep the checkpoint of every member that has just ended; returns which."""
+        """Keep the checkpoint of every member that has just ended; returns which.
+
+        Raises:
+            TrainingError: no validation bound of one was finite.
+        """
         new = [k for k in self.running if finished(self.states[k], self.training, [0])]
         for k in new:
+            check_best(self.states[k], self.configs[k])
             self.stacked.put(k)
             content = self.states[k].content(self.configs[k])
             self.ended[k] = _copied(content | {"optimizer": self._optimizer(k)})

@@ -13,10 +13,12 @@ References:
     https://arxiv.org/abs/1801.03558
 
 log p(x) is estimated three times by importance weighting: with the model's own posterior, with q*
-slightly widened (neutral: it depends on the decoder alone), and with an equal mixture of the two
-(Hesterberg, 1995), whose weights are never more than twice those of the better one. All are lower
-bounds in expectation; the third is the reference for the gaps. Choosing the larger of the first
-two instead would be biased upwards.
+slightly widened (neutral: it depends on the decoder alone, but is poor where the posterior is far
+from a diagonal Gaussian), and with an equal mixture of the two (Hesterberg, 1995), whose weights
+are never more than twice those of the better one. All are lower bounds in expectation, and too low
+by nats where S is too small for both proposals, as the standard errors of single images tell; the
+third is the reference for the gaps. Choosing the larger of the first two instead would be biased
+upwards.
 
 Dimensions: N images, S samples. Everything is in nats per image.
 """

@@ -212,8 +212,11 @@ class RandomFunctionPosterior(Posterior):
         is only as smooth as S is large near h = 0, which defeats Gauss-Hermite rules. With
         h = s sinh(u), s about S, it is smooth in u at every scale, so an equidistant rule in u
         converges geometrically. Where zero is many T away, it carries no mass and s may be larger.
-        With 48 nodes the density is within 2e-5 nats for every H, T, S, up to six standard
-        deviations from F. The weights are normalised, so the rule is exact for T = 0.
+        With 48 nodes the density is within 3e-5 nats for every H and T, up to six standard
+        deviations from F, where S is at least T / 10. With a smaller S (such as a function that is
+        not random) q has a peak at F that h near zero makes: within a tenth of a standard deviation
+        of F the density may be too low by tenths of a nat. The weights are normalised, so the rule
+        is exact for T = 0.
         """
         f_std, mean, std = (v.double() for v in (self.f_std, self.h_mean, self.h_std))
         std = torch.maximum(std, 1e-9 * (mean.abs() + f_std)).clamp_min(1e-150)

@@ -254,6 +254,7 @@ def _profiles() -> dict[str, Profile]:
             # What `tuning-each` chose on MNIST, where it is not the base configuration.
             settings={
                 ("gpvae", "gaussian"): {"model.gp.features": 400},
+                ("rme", "gaussian"): {"model.mixture.fit_share": 0.1},
                 ("vlae", "gaussian"): {"model.vlae.rate": 1.0},
             },
             variations={

@@ -8,14 +8,16 @@ images with the largest score, with the largest -ELBO, or with the largest gain 
 Selection and report use independent noise. Ranking by a noisy bound and reporting the same one
 would count luck as gain, most of all for -ELBO and the oracle.
 
-Dimensions: N images, D latent, R recorded step counts. Bounds are in nats per image; a step costs
-2 D (at most 50) passes of one image through the decoder and back.
+Costs count steps, each of which is 2 D (from 16 to 50) passes of one image through the decoder and
+back. Measuring the bound, to keep the best state so far and to rank by -ELBO, is not counted.
+
+Dimensions: N images, D latent, R recorded step counts. Bounds are in nats per image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -167,6 +169,8 @@ def selective_refinement(
 ) -> tuple[DiagonalGaussian, Tensor]:
     """Posteriors of all images after spending `budget` SVI steps on those with the largest score.
 
+    The best state so far is kept after each step, as in `study`.
+
     Args:
         model: any model; its Gaussian stand-in is where refinement starts.
         x: images [N, C, H, W].
@@ -187,7 +191,7 @@ def selective_refinement(
     if not len(chosen):
         return q, chosen
     path = trajectory(
-        model.generative, x[chosen], q[chosen], [0, steps], options or SearchOptions()
+        model.generative, x[chosen], q[chosen], range(steps + 1), options or SearchOptions()
     )
     mean, std = q.mean.clone(), q.std.clone()
     mean[chosen], std[chosen] = path[-1].mean, path[-1].std
@@ -198,7 +202,7 @@ def trajectory(
     generative: Generative,
     x: Tensor,
     q: DiagonalGaussian,
-    counts: list[int],
+    counts: Sequence[int],
     options: SearchOptions,
 ) -> list[DiagonalGaussian]:
     """The best Gaussians of all images so far, after each of the given numbers of steps.
@@ -219,7 +223,7 @@ def _trajectory_block(
     generative: Generative,
     x: Tensor,
     q: DiagonalGaussian,
-    counts: list[int],
+    counts: Sequence[int],
     options: SearchOptions,
 ) -> list[DiagonalGaussian]:
     best, state = BestSoFar(generative, x, q, options.seed), SearchState.at(q)

@@ -68,7 +68,7 @@ NOT_NUMERICAL = {
 # which computes the same numbers bit for bit (shown by `tests/same_numbers.py`), in whose name it
 # writes its rows. One exception, stated in `figures/README.md`: SA-VAE's posterior at evaluation
 # has other inner noise now, with which its ELBO is lower by less than 0.1 nats.
-CONTINUED = {"e7bcb02a2f88ded9": "a0634a028104942f"}
+CONTINUED = {"a26285d1f7c301e4": "a0634a028104942f"}
 
 
 @cache
@@ -232,7 +232,7 @@ class Results:
         """Copy the rows' arrays to where they are committed, and remove those of other rows."""
         wanted = {self.committed_path(row): row for row in rows if self.has_arrays(row)}
         for path in set((self.evidence / "arrays").glob("*.npz")) - wanted.keys():
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may be at it
         for path, row in wanted.items():
             if self.arrays_path(row).exists():
                 # The split can be made again, and its digest stands in the row.
@@ -251,6 +251,13 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
     with open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
 
 

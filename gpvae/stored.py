@@ -20,7 +20,7 @@ from gpvae.errors import ConfigError, TrainingError
 from gpvae.experiment import Log, run_all, trained
 from gpvae.jobs import Failure, committed_failures_path, read_failures
 from gpvae.profiles import Profile
-from gpvae.results import Results, Row, checkpoint_name, code_hash, not_finite
+from gpvae.results import Results, Row, checkpoint_name, code_hash, not_finite, save_text
 from gpvae.training import load_model, with_weights
 from gpvae.vae import VAE
 
@@ -109,9 +109,10 @@ def keep_evidence(plan: Profile) -> int:
     rows = find_rows(runs, plan.name)
     failures = [replace(f, traceback="") for f in failures_of(runs, plan.name)]
     tables.save_rows(rows, plan.name)
-    path.unlink(missing_ok=True)
     if failures:
-        path.write_text("".join(json.dumps(asdict(f)) + "\n" for f in failures), "utf-8")
+        save_text(path, "".join(json.dumps(asdict(f)) + "\n" for f in failures))
+    else:
+        path.unlink(missing_ok=True)
     return len(rows)
 
 

@@ -14,7 +14,7 @@ from gpvae import events, paths
 from gpvae.config import RunConfig
 from gpvae.errors import ConfigError, DataError, unknown
 from gpvae.profiles import Profile
-from gpvae.results import Results, Row
+from gpvae.results import Results, Row, save_text
 from gpvae.stats import Interval, mean_interval, paired_interval
 
 LABELS = {
@@ -273,6 +273,6 @@ def save_rows(rows: Sequence[Row], profile: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: row["name"])
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "rows.jsonl").write_text(text, "utf-8")
+    save_text(folder / "rows.jsonl", text)  # some rows may be nowhere else
     Results(profile).keep_arrays(rows)
     events.record(profile, "table", "rows", "made")

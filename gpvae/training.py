@@ -119,8 +119,8 @@ def train(
         DataError: no `Dataset`.
         CheckpointError: the folder's checkpoint is damaged, or of another configuration or other
             images.
-        TrainingError: a loss that is not finite, or too little memory; the last good checkpoint
-            stays.
+        TrainingError: a loss that is not finite, no validation bound that is, or too little memory;
+            the last good checkpoint stays.
     """
     check_dataset(data)
     t = config.training
@@ -165,6 +165,7 @@ def train(
                         f"epoch {state.epoch}/{t.epochs}: validation ELBO {bound:.2f} nats "
                         f"(best {state.best_valid_elbo:.2f} at {state.best_epoch})"
                     )
+    check_best(state, config)
     model.load_state_dict(state.best_weights)
     return Trained(model.eval(), state.history, state.best_epoch, state.best_valid_elbo)
 
@@ -226,6 +227,16 @@ def check_finite(losses: torch.Tensor, names: list[str], epoch: int, config: Run
             f"is {losses[step, term].item()} at epoch {epoch}, step {step + 1} of {len(losses)}. "
             f"The last good checkpoint is kept. Try a smaller training.learning_rate "
             f"(now {config.training.learning_rate:g})."
+        )
+
+
+def check_best(state: State, config: RunConfig) -> None:
+    """Raise TrainingError if no validation bound was a finite number, so that none was the best."""
+    if not state.best_epoch:
+        raise TrainingError(
+            f"{config.name} (configuration {config.hash()}): none of {len(state.history)} "
+            "validation bounds is a finite number, so that no weights are the best. Try a smaller "
+            f"training.learning_rate (now {config.training.learning_rate:g})."
         )
 
 

@@ -35,7 +35,8 @@ def candidates(
 
     Args:
         first_rate: the step size of the base configuration; half and multiples of it are tried.
-        epochs: of each candidate.
+        epochs: of each candidate; of RME's at least 30, since its phases are shares of them that
+            must be some epochs long to differ.
         outputs: output distributions.
     """
     rate, warmup, gp = "training.learning_rate", "training.kl_warmup", "model.gp."
@@ -49,7 +50,10 @@ def candidates(
         "hf": plain,
         "me": plain,
         "iaf": grid(iaf),
-        "rme": grid({f"model.mixture.{key}": values for key, values in rme.items()}),
+        "rme": tuple(
+            {**changes, "training.epochs": max(epochs, 30)}
+            for changes in grid({f"model.mixture.{key}": values for key, values in rme.items()})
+        ),
         "savae": grid({f"model.savae.{key}": values for key, values in savae.items()}),
         "vlae": grid({rate: two, "model.vlae.rate": (0.5, 1.0), warmup: (0, 5)}),
         "gpvae": (
@@ -65,7 +69,7 @@ def candidates(
     }
     common = {"training.epochs": epochs, "seed": 0, **VALIDATION}
     return tuple(
-        {"model.encoder": encoder, "model.output": output, **changes, **common}
+        {"model.encoder": encoder, "model.output": output, **common, **changes}
         for output in outputs
         for encoder, candidates in each.items()
         for changes in candidates

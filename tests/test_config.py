@@ -165,9 +165,11 @@ def test_settings_are_candidates_and_every_method_had_as_many(name):
         assert profile.base.override(**names, **{**common, **settings}) in searched[place]
 
 
-def test_an_odd_number_of_samples_is_refused_before_anything_is_trained():
+def test_impossible_evaluations_are_refused_before_anything_is_trained():
     with pytest.raises(ConfigError, match=r"evaluation\.samples is 501.*even"):
         RunConfig().override(**{"evaluation.samples": 501})
+    with pytest.raises(ConfigError, match=r"evaluation\.seed is 0"):
+        RunConfig().override(**{"evaluation.seed": 0})
     RunConfig().override(**{"evaluation.samples": 501, "evaluation.gaps": False})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -340,6 +341,14 @@ def test_a_loss_that_is_not_finite_is_named(scheduled, blobs, tmp_path, monkeypa
     assert configs[1].name in text and configs[1].hash() in text and "-s1 " in text
     assert "'reconstruction'" in text and "epoch 4, step 1 of 3" in text
     assert load_checkpoint(tmp_path / "ensemble.pt", configs[0], ensemble.KEYS)["epoch"] == 3
+
+
+def test_a_member_without_a_finite_validation_bound_is_named(scheduled, blobs, monkeypatch):
+    bounds = itertools.cycle([1.0, math.nan, 2.0])
+    monkeypatch.setattr(ensemble, "validation_bound", lambda *args: next(bounds))
+    configs = seeds(scheduled)
+    with pytest.raises(TrainingError, match=rf"{configs[1].name} .*none of \d validation bounds"):
+        train_seeds(configs, blobs)
 
 
 def test_members_that_have_ended_disturb_no_one(impatient, blobs, monkeypatch):

@@ -197,6 +197,10 @@ def test_study_orders_the_policies():
     with torch.no_grad():
         start = measured(model.generative, x, gaussians(model, x), 2000, seed=1)
     torch.testing.assert_close(found.bounds[0], start.value)
+    spent, _ = selective_refinement(model, x, torch.zeros(40), budget=999, steps=6)
+    with torch.no_grad():  # what the policies are said to gain is what is delivered
+        end = measured(model.generative, x, spent, 2000, seed=1)
+    torch.testing.assert_close(found.bounds[-1], end.value)
 
 
 def test_budget_goes_to_the_hardest_images_only():

@@ -58,6 +58,11 @@ def test_quadrature_is_accurate_at_every_scale():
     z = q.std * torch.tensor([-6, -3, -1, -0.3, -0.1], dtype=torch.float64)[:, None, None]
     error = (q.log_prob(z) - fine.log_prob(z)).abs()
     assert error.max() < 3e-5, error.max(0)
+    near = q.std * torch.tensor([0, 1e-3, 0.01, 0.05], dtype=torch.float64)[:, None, None]
+    sharp = (s < 0.1)[:, 0] & (s > 0)[:, 0]  # the peak at F is resolved unless S is small
+    error = (q.log_prob(near) - fine.log_prob(near)).abs().amax(0)
+    assert error[~sharp & (s > 0)[:, 0]].max() < 3e-5
+    assert error[sharp].max() < 1
 
 
 @pytest.mark.parametrize("case", CASES)

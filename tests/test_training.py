@@ -137,6 +137,18 @@ def test_non_finite_loss_names_step_term_and_configuration(blobs, tiny_config, t
     assert all(torch.isfinite(v).all() for v in saved["model"].values())
 
 
+@pytest.mark.parametrize("bound", [math.nan, -math.inf])
+def test_weights_without_a_finite_validation_bound_are_not_taken(
+    tiny_config, blobs, monkeypatch, bound
+):
+    monkeypatch.setattr(training, "validation_bound", lambda *args: bound)
+    with pytest.raises(TrainingError, match="none of 6 validation bounds is a finite number"):
+        train(tiny_config, blobs)
+    bounds = iter([bound, 1.0, bound, 0.0, bound, bound])  # single ones are passed over
+    monkeypatch.setattr(training, "validation_bound", lambda *args: next(bounds))
+    assert train(tiny_config, blobs).best_epoch == 2
+
+
 def test_truncated_checkpoint(blobs, tiny_config, tmp_path):
     train(tiny_config, blobs, tmp_path)
     path = tmp_path / "checkpoint.pt"
