@@ -216,6 +216,20 @@ def test_rows_and_arrays_are_kept_beside_the_tables(stored):
         assert "valid_index" not in file
 
 
+def test_a_kill_while_rows_are_written_loses_none(stored, monkeypatch):
+    path = paths.figures("t") / "rows.jsonl"
+    save_rows(stored.rows(), "t")
+    before = path.read_text()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_rows(stored.rows()[:1], "t")
+    assert path.read_text() == before
+
+
 def test_rows_of_different_versions_are_refused(stored):
     rows = stored.rows()
     check_one_version(rows)
