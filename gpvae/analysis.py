@@ -184,7 +184,8 @@ def vague_note(results: Results, methods: Mapping[str, Mapping[str, Sequence[Row
     listed = ", ".join(f"{name} ({output}) {share:.0%}" for name, output, share in shares)
     return (
         f"log p(x) by both proposals has a standard error above {VAGUE} nats for a tenth of the "
-        f"test images or more: {listed}. There S is too small, and the estimates are too low on average."
+        f"test images or more: {listed}. There S is too small, and the estimates are too low on "
+        "average."
     )
 
 
