@@ -323,10 +323,10 @@ def _train_group(
     group: list[RunConfig], profile: str, data: Dataset, fresh_since: float, log: Log
 ) -> None:
     place = _group_folder(group, profile, data)
-    for folder in (place, *(run_folder(config, profile, data) for config in group)):
+    folders = {config: run_folder(config, profile, data) for config in group}
+    for folder in (place, *folders.values()):
         _discard_older(folder, fresh_since)
     if not place.exists():  # otherwise it was cut, perhaps while the runs' checkpoints were written
-        folders = {c: run_folder(c, profile, data) for c in group}
         group = [c for c in group if not (folders[c] / "checkpoint.pt").exists()]
         place = _group_folder(group, profile, data)
     if len(group) < 2:
@@ -334,7 +334,7 @@ def _train_group(
     log(f"{group[0].name}: trained together with {len(group) - 1} other seeds")
     try:
         with cpu_threads(group[0].training.threads):
-            train_seeds(group, data, place, [run_folder(c, profile, data) for c in group], log)
+            train_seeds(group, data, place, [folders[c] for c in group], log)
     except GPVAEError as error:
         log(f"seeds are trained one after another, as together they failed: {error}")
     shutil.rmtree(place, ignore_errors=True)

@@ -15,10 +15,11 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ NOT_NUMERICAL = {
 # which computes the same numbers bit for bit (shown by `tests/same_numbers.py`), in whose name it
 # writes its rows. One exception, stated in `figures/README.md`: SA-VAE's posterior at evaluation
 # has other inner noise now, with which its ELBO is lower by less than 0.1 nats.
-CONTINUED = {"a26285d1f7c301e4": "a0634a028104942f"}
+CONTINUED = {"d6df1199221e704b": "a0634a028104942f"}
 
 
 @cache
@@ -247,17 +248,23 @@ def _single(array: np.ndarray) -> np.ndarray:
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a compressed file atomically."""
+    with _replaced(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def save_json_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Write a file with one line for each value, atomically: `read_json_lines` reads it."""
+    with _replaced(path) as file:
+        file.write("".join(json.dumps(value) + "\n" for value in values).encode())
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
     with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(temporary, path)
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, "utf-8")
+        yield file
     os.replace(temporary, path)
 
 

@@ -7,7 +7,6 @@ is missing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,14 @@ from gpvae.errors import ConfigError, TrainingError
 from gpvae.experiment import Log, run_all, trained
 from gpvae.jobs import Failure, committed_failures_path, read_failures
 from gpvae.profiles import Profile
-from gpvae.results import Results, Row, checkpoint_name, code_hash, not_finite, save_text
+from gpvae.results import (
+    Results,
+    Row,
+    checkpoint_name,
+    code_hash,
+    not_finite,
+    save_json_lines,
+)
 from gpvae.training import load_model, with_weights
 from gpvae.vae import VAE
 
@@ -110,7 +116,7 @@ def keep_evidence(plan: Profile) -> int:
     failures = [replace(f, traceback="") for f in failures_of(runs, plan.name)]
     tables.save_rows(rows, plan.name)
     if failures:
-        save_text(path, "".join(json.dumps(asdict(f)) + "\n" for f in failures))
+        save_json_lines(path, map(asdict, failures))
     else:
         path.unlink(missing_ok=True)
     return len(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,7 @@ from gpvae import events, paths
 from gpvae.config import RunConfig
 from gpvae.errors import ConfigError, DataError, unknown
 from gpvae.profiles import Profile
-from gpvae.results import Results, Row, save_text
+from gpvae.results import Results, Row, save_json_lines
 from gpvae.stats import Interval, mean_interval, paired_interval
 
 LABELS = {
@@ -269,10 +268,7 @@ def save_rows(rows: Sequence[Row], profile: str) -> None:
     `rows.jsonl` is sorted by name; `arrays/` holds one file for each row that has arrays and
     nothing else. `gpvae.stored` reads both.
     """
-    folder = paths.figures(profile)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: row["name"])
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    save_text(folder / "rows.jsonl", text)  # some rows may be nowhere else
+    save_json_lines(paths.figures(profile) / "rows.jsonl", rows)  # some may be nowhere else
     Results(profile).keep_arrays(rows)
     events.record(profile, "table", "rows", "made")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpvae import paths
 from gpvae.bench.measure import Row
 from gpvae.config import METHODS
-from gpvae.results import read_json_lines
+from gpvae.results import read_json_lines, save_json_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,8 +111,7 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
     measured = {key(row) for row in new}
     kept = [row for row in read_json_lines(folder / "rows.jsonl") if key(row) not in measured]
     everything = sorted([*kept, *new], key=lambda row: place(row["facts"]))
-    lines = "".join(json.dumps(row) + "\n" for row in everything)
-    (folder / "rows.jsonl").write_text(lines, "utf-8")
+    save_json_lines(folder / "rows.jsonl", everything)
     tables.save_table(table(everything), NAME, PROFILE)
     here = [row for row in everything if place(row["facts"]) == place(facts)]
     if drawn := [row for row in here if row["section"] in DRAWN and row["ratio"] is not None]:
