@@ -33,7 +33,6 @@ from gpvae.tables import (
 )
 
 SYMBOLS = {"savae": "T", "vlae": "T", "iaf": "K", "hf": "K", "me": "M", "rme": "M"}
-VAGUE = 0.5  # nats of standard error of an image's log p(x)
 LATE = 0.2  # the last part of training in which a curve should have become flat
 
 
@@ -153,40 +152,6 @@ def gap_table(
                 }
             )
     return pd.DataFrame(lines)
-
-
-def vague_share(results: Results, rows: Sequence[Row]) -> float:
-    """Share of the test images of these rows whose log p(x) by both proposals has a standard error
-    above VAGUE nats; NaN without such an estimate.
-
-    Where it is high, S is too small for either proposal, and the estimate too low on average.
-    """
-    errors = [results.arrays(row).get("log_px_stderr") for row in rows]
-    errors = [each for each in errors if each is not None]
-    return float((np.concatenate(errors) > VAGUE).mean()) if errors else math.nan
-
-
-def vague_note(results: Results, methods: Mapping[str, Mapping[str, Sequence[Row]]]) -> str:
-    """The methods with a share (`vague_share`) of a tenth or more, in words; empty for none.
-
-    Args:
-        results: with the arrays.
-        methods: rows by output and encoder.
-    """
-    shares = [
-        (LABELS[encoder], output, share)
-        for output, found in methods.items()
-        for encoder, rows in found.items()
-        if (share := vague_share(results, rows)) >= 0.1
-    ]
-    if not shares:
-        return ""
-    listed = ", ".join(f"{name} ({output}) {share:.0%}" for name, output, share in shares)
-    return (
-        f"log p(x) by both proposals has a standard error above {VAGUE} nats for a tenth of the "
-        f"test images or more: {listed}. There S is too small, and the estimates are too low on "
-        "average."
-    )
 
 
 def search_table(

@@ -35,6 +35,7 @@ NOT_NUMERICAL = {
     "__init__",
     "__main__",
     "analysis",
+    "caveats",
     "cli",
     "comparison",
     "config",

@@ -77,11 +77,11 @@ def paired(results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str) 
     """
     if quantity not in ESTIMATES:
         raise ConfigError(unknown("estimate", quantity, ESTIMATES))
-    pairs = _pairs(results, a, b, quantity)
+    pairs = paired_values(results, a, b, quantity)
     return paired_interval([left for left, _ in pairs], [right for _, right in pairs])
 
 
-def _pairs(
+def paired_values(
     results: Results, a: Sequence[Row], b: Sequence[Row], quantity: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Values [N] of both, for each seed in which both have the quantity."""
@@ -177,7 +177,7 @@ def image_error(
     """Standard error over images of the paired difference a - b, averaged over the seeds of both:
     how well these test images stand for others. NaN without a common seed.
     """
-    pairs = _pairs(results, a, b, quantity)
+    pairs = paired_values(results, a, b, quantity)
     if not pairs:
         return math.nan
     difference = np.mean([left - right for left, right in pairs], axis=0)

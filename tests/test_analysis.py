@@ -20,8 +20,6 @@ from gpvae.analysis import (
     search_table,
     step_differences,
     step_table,
-    vague_note,
-    vague_share,
 )
 from gpvae.variations import VALIDATION
 
@@ -111,19 +109,6 @@ def test_rows_without_gaps_are_missing_not_zero(project_root, plan):
     assert decomposition(store, [row]).images == 0
     table = gap_table(plan, decompositions(plan, store, [row]), [row]).set_index("method")
     assert (table.drop(columns=["output", "seeds"]) == "missing").all(axis=None)
-
-
-def test_estimates_from_too_few_samples_are_named(project_root, plan):
-    rows = [fake_row(e, seed, [1.0, 2.0, 3.0]) for e in ("vae", "hf") for seed in (0, 1)]
-    errors = {"vae": [0.1, 0.2, 0.5], "hf": [0.1, 0.6, 0.4]}
-    results = gpvae.results.Results("t")
-    for row in rows:
-        results.append(row, {"log_px_stderr": np.array(errors[row["config"]["model"]["encoder"]])})
-    methods = {"gaussian": {"vae": rows[:2], "hf": rows[2:], "iaf": []}}
-    assert vague_share(results, rows[:2]) == 0 and vague_share(results, rows[2:]) == 1 / 3
-    assert "more: HF (gaussian) 33%. There" in vague_note(results, methods)
-    assert vague_note(results, {"gaussian": {"vae": rows[:2]}}) == ""
-    assert math.isnan(vague_share(results, []))
 
 
 def test_step_counts_are_read_from_the_configuration():
