@@ -33,8 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpvae.errors import ConfigError, DataError, unknown
-from gpvae.evaluate import Estimate
+from gpvae.errors import ConfigError, unknown
+from gpvae.evaluate import Estimate, check_count
 from gpvae.noise import image_noise
 from gpvae.outputs import Bernoulli, DiscretisedLogistic, Gaussian, Output, PixelGaussian
 from gpvae.posteriors import DiagonalGaussian, Posterior
@@ -132,12 +132,13 @@ def annealed_log_likelihood(
             by default. A good one needs fewer temperatures, but a narrow one hides other modes.
 
     Raises:
-        DataError: images that the output cannot have made, or not one base for each image.
+        DataError: images that the model has no density of (`VAE.check_images`), or not one base
+            for each.
     """
     options = options or AISOptions()
-    model.generative.output.check(x)
-    if base is not None and len(base.mean) != len(x):
-        raise DataError(f"{len(base.mean)} base posteriors were given for {len(x)} images.")
+    model.check_images(x)
+    if base is not None:
+        check_count("base posteriors", base, x)
     log_w, accepted = log_weights(model.generative, x, base, options, None)
     return Annealed(_mean_weight(log_w), accepted)
 

@@ -140,14 +140,17 @@ def load_checkpoint(
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         old = json.loads(saved["config"])
-        missing = set(keys) - set(saved)
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
+        missing = sorted(set(keys) - set(saved))
     except Exception as error:  # damaged files fail inside torch in many ways
         raise CheckpointError(
             f"{path} is not a checkpoint of gpvae, or is damaged "
             f"({type(error).__name__}). Delete it to start this run again."
         ) from error
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}, so that it is of another version of gpvae, or not "
+            "of a run. Delete it to start this run again."
+        )
     changed = _changed(old, config) if config else []
     if changed:
         raise CheckpointError(

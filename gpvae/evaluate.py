@@ -73,9 +73,11 @@ def elbo(
         memory: bound in bytes on the decoded pixels held at once; see `Memory`.
 
     Raises:
-        DataError: images of a wrong shape, or not binary where they must be.
+        DataError: images that the model has no density of (`VAE.check_images`).
+        ConfigError: no samples.
     """
     check_samples(samples)
+    model.check_images(x)
     budget = Memory(memory, x.device)
     values, errors = [], []
     for x_block, posterior, noise in blocks(model, x, seed):
@@ -121,12 +123,14 @@ def log_likelihood(
         weights dominate.
 
     Raises:
-        DataError: images of a wrong shape, or not binary where they must be.
-        ConfigError: unknown proposal.
+        DataError: images that the model has no density of (`VAE.check_images`), or not one
+            proposal for each.
+        ConfigError: unknown proposal, or no samples.
     """
     check_samples(samples)
     if isinstance(proposal, str) and proposal not in PROPOSALS:
         raise ConfigError(unknown("proposal", proposal, PROPOSALS))
+    model.check_images(x)
     budget = Memory(memory, x.device)
     values, errors = [], []
     for x_block, q, noise in blocks(model, x, seed, proposal):
@@ -150,16 +154,21 @@ def check_samples(samples: int) -> None:
         raise ConfigError(f"samples={samples}; expected at least 1.")
 
 
+def check_count(what: str, posteriors: Posterior, x: Tensor) -> None:
+    """Raise DataError unless there is one posterior for each image."""
+    if len(posteriors.mean) != len(x):
+        raise DataError(
+            f"{len(posteriors.mean)} {what} were given for {len(x)} images; give one for each, "
+            "such as model(x) of the same images."
+        )
+
+
 def blocks(
     model: VAE, x: Tensor, seed: int, proposal: str | Posterior = "exact"
 ) -> Iterator[tuple[Tensor, Posterior, ImageNoise]]:
     """Images, their posterior and their noise, for each block of images. The encoder runs once."""
-    if not bool(torch.isfinite(x).all()):
-        count = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-        raise DataError(f"{count} of {len(x)} images have NaN or infinite pixels; leave them out.")
-    model.generative.output.check(x)
-    if isinstance(proposal, Posterior) and len(proposal.mean) != len(x):
-        raise DataError(f"{len(proposal.mean)} proposals were given for {len(x)} images.")
+    if isinstance(proposal, Posterior):
+        check_count("proposals", proposal, x)
     for start in range(0, len(x), IMAGES_PER_BLOCK):
         index = slice(start, start + IMAGES_PER_BLOCK)
         noise = ImageNoise(x[index], seed)

@@ -8,6 +8,7 @@ interval, so that it counts as missing. See `decide` for the verdict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +104,8 @@ def decide(answers: Sequence[str]) -> str:
 
 
 def answer(interval: Interval) -> str:
-    """What a difference that the claim says is positive says of it."""
-    if not interval.n > 1:
+    """What a difference that the claim says is positive says of it; NaN says nothing."""
+    if not interval.n > 1 or math.isnan(interval.low):
         return LACKS
     if interval.low > 0:
         return SUPPORTS

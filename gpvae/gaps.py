@@ -147,11 +147,11 @@ def decompose(
 
     Raises:
         ConfigError: an odd number of samples.
-        DataError: images of a wrong shape, or not binary where they must be.
+        DataError: images that the model has no density of (`VAE.check_images`).
     """
     if samples < 2 or samples % 2:
         raise ConfigError(f"samples={samples}; expected an even number, half for each proposal.")
-    model.generative.output.check(x)
+    model.check_images(x)
     if optimised is None:
         options = options or SearchOptions(seed=3 * seed + 4)
         optimised = optimise_posterior(model, x, options=options, elbo_samples=elbo_samples)

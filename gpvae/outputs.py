@@ -59,8 +59,9 @@ class Bernoulli(Output):
     def check(self, x: Tensor) -> None:
         if not bool(((x == 0) | (x == 1)).all()):
             raise DataError(
-                "a Bernoulli output was asked for the likelihood of pixels other than 0 and 1; "
-                "expected binary images. Draw them with gpvae.binarise(x, generator)."
+                "a Bernoulli output was asked for the likelihood of pixels other than 0 and 1, "
+                f"which range from {x.min():g} to {x.max():g}; expected binary images. Draw them "
+                "with gpvae.binarise(x, generator)."
             )
 
     def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
@@ -151,10 +152,13 @@ class DiscretisedLogistic(Output):
 
     def check(self, x: Tensor) -> None:
         k = x * (self.levels - 1)
-        if not bool(((k - k.round()).abs() < 1e-3).all()):
+        levels = (k.round() >= 0) & (k.round() < self.levels)
+        off = ~(((k - k.round()).abs() < 1e-3) & levels)
+        if bool(off.any()):
             raise DataError(
-                f"a discretised logistic output with {self.levels} levels was given pixels between "
-                "its levels; set model.levels to that of the data."
+                f"a discretised logistic output with {self.levels} levels was given pixels that "
+                f"are none of its levels k / {self.levels - 1} in [0, 1], such as "
+                f"{x[off][0]:g}; set model.levels to that of the data."
             )
 
     def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:

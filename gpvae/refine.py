@@ -98,10 +98,15 @@ class Study:
                 first steps gain most, a small number is the better use of most budgets.
 
         Raises:
-            ConfigError: unknown policy.
+            ConfigError: unknown policy, or an index of no steps or of none that were recorded.
         """
         if policy not in self.policies:
             raise ConfigError(unknown("policy", policy, self.policies))
+        if not -len(self.steps) < each < len(self.steps) or not self.steps[each]:
+            raise ConfigError(
+                f"each={each}; expected an index into the recorded steps, "
+                f"{self.steps.long().tolist()}, of other than 0."
+            )
         gains = (self.bounds - self.bounds[0])[: len(self.steps[:each]) + 1]
         n, start = gains.shape[1], self.bounds[0].mean()
         if policy in ("none", "uniform"):
@@ -140,9 +145,11 @@ def study(
         elbo_samples: samples of each recorded bound.
 
     Raises:
-        DataError: a score that is not one finite number for each image.
+        DataError: images that the model has no density of (`VAE.check_images`), or a score that is
+            not one finite number for each.
         ConfigError: impossible numbers of steps.
     """
+    model.check_images(x)
     for name, score in scores.items():
         _check_score(name, score, len(x))
     if not 1 <= every <= steps:
@@ -181,10 +188,19 @@ def selective_refinement(
 
     Returns:
         Gaussians of all images, and the indices of the refined ones.
+
+    Raises:
+        DataError: images that the model has no density of (`VAE.check_images`), or a score that is
+            not one finite number for each.
+        ConfigError: no steps, or a negative budget.
     """
+    model.check_images(x)
     _check_score("score", score, len(x))
     if steps < 1 or budget < 0:
-        raise ConfigError(f"steps={steps}, budget={budget}; expected positive numbers.")
+        raise ConfigError(
+            f"steps={steps}, budget={budget}; expected at least one step for a refined image, and "
+            "a budget of 0 or more."
+        )
     q = gaussians(model, x)
     order = score.argsort(descending=True, stable=True)
     chosen = order[: min(budget // steps, len(x))]
@@ -238,8 +254,13 @@ def _trajectory_block(
 
 
 def _check_score(name: str, score: Tensor, count: int) -> None:
-    if tuple(score.shape) != (count,) or not bool(torch.isfinite(score).all()):
+    if tuple(score.shape) != (count,):
         raise DataError(
-            f"the score {name!r} has shape {tuple(score.shape)}; expected one finite number for "
-            f"each of {count} images."
+            f"the score {name!r} has shape {tuple(score.shape)}; expected one number for each of "
+            f"{count} images, ({count},)."
+        )
+    if bad := int((~torch.isfinite(score)).sum()):
+        raise DataError(
+            f"the score {name!r} is NaN or infinite for {bad} of {count} images, which cannot be "
+            "ranked by it; leave them out, or give them a finite score."
         )

@@ -17,7 +17,7 @@ from gpvae.difficulty import SCORE, SCORE_NAME
 from gpvae.refine import Study
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval
-from gpvae.tables import format_interval
+from gpvae.tables import MISSING, format_interval
 
 POLICIES = {
     "none": "none",
@@ -70,6 +70,8 @@ class Refinement:
         and that gain over seeds; None if it cannot spend just this much.
         """
         found = []
+        if not self.studies:
+            return None
         for each, steps in enumerate(self.studies[0].steps.tolist()):
             if steps == budget or (steps > budget and policy != "uniform"):
                 found.append((int(steps), mean_interval(self.gains(policy, each, budget))))
@@ -98,6 +100,9 @@ def refinement_table(refinements: dict[str, Refinement]) -> pd.DataFrame:
     """Mean gain over the budgets of each policy and panel, and differences of the score."""
     lines = []
     for output, refinement in refinements.items():
+        if not refinement.studies:
+            keys = ("a selected image gets", "policy", "gain")
+            lines.append({"output": output} | dict.fromkeys(keys, MISSING))
         for words, each in refinement.choices.items():
             line = {"output": output, "a selected image gets": words}
             for policy, label in POLICIES.items():
@@ -116,19 +121,15 @@ def budget_table(
     """What each policy gains at some budgets, each with its best number of steps for a selected
     image (chosen on the same images), the best policy first.
     """
+    columns = ("steps per image", "policy", "steps of a selected image", "gain (nats)")
     lines = []
     for output, refinement in refinements.items():
+        if not refinement.studies:
+            lines.append({"output": output} | dict.fromkeys(columns, MISSING))
         for budget in budgets:
             uses = {policy: refinement.best_use(policy, budget) for policy in REAL_POLICIES}
             known = {policy: use for policy, use in uses.items() if use}
             for policy, (steps, gain) in sorted(known.items(), key=lambda u: -u[1][1].value):
-                lines.append(
-                    {
-                        "output": output,
-                        "steps per image": f"{budget:g}",
-                        "policy": POLICIES[policy],
-                        "steps of a selected image": steps,
-                        "gain (nats)": format_interval(gain, digits=3),
-                    }
-                )
+                cells = (f"{budget:g}", POLICIES[policy], steps, format_interval(gain, digits=3))
+                lines.append({"output": output} | dict(zip(columns, cells, strict=True)))
     return pd.DataFrame(lines)

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpvae.errors import ConfigError, DataError
+from gpvae.errors import ConfigError
 from gpvae.evaluate import (
     IMAGES_PER_BLOCK,
     Estimate,
+    check_count,
     check_samples,
     chunked_log_likelihood,
 )
@@ -77,12 +78,15 @@ def optimise_posterior(
         elbo_samples: samples for the returned bound.
 
     Raises:
-        DataError: not one start for each image.
+        DataError: images that the model has no density of (`VAE.check_images`), or not one start
+            for each.
+        ConfigError: no samples.
     """
     check_samples(elbo_samples)
+    model.check_images(x)
     options = options or SearchOptions()
-    if start is not None and len(start.mean) != len(x):
-        raise DataError(f"{len(start.mean)} starting posteriors were given for {len(x)} images.")
+    if start is not None:
+        check_count("starting posteriors", start, x)
     q = gaussians(model, x) if start is None else start.gaussian()
     best, converged, steps = search(model.generative, x, q, options)
     estimate = measured(model.generative, x, best, elbo_samples, options.seed)

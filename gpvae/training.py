@@ -165,6 +165,8 @@ def train(
                         f"epoch {state.epoch}/{t.epochs}: validation ELBO {bound:.2f} nats "
                         f"(best {state.best_valid_elbo:.2f} at {state.best_epoch})"
                     )
+            elif folder is not None and finished(state, t, starts):
+                state.save(folder, config)  # patience ended between two bounds
     check_best(state, config)
     model.load_state_dict(state.best_weights)
     return Trained(model.eval(), state.history, state.best_epoch, state.best_valid_elbo)
@@ -271,5 +273,8 @@ def load_model(path: Path, shape: tuple[int, int, int]) -> tuple[VAE, RunConfig]
     try:
         model.load_state_dict(saved["best_weights"])
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit images of shape {shape}.") from error
+        raise CheckpointError(
+            f"{path}, a {config.model.encoder} of {config.data.name}, does not fit images of shape "
+            f"{shape}; give the (C, H, W) of the images that it was trained on."
+        ) from error
     return model.eval(), config

@@ -108,6 +108,28 @@ class VAE(nn.Module):
         Raises:
             DataError: images of another shape or type than the model was built for, or elsewhere.
         """
+        self._check_form(x)
+        return self.encoder(x, self.generative)
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise DataError unless x [N, C, H, W] are images of which the model has a density: of its
+        shape and type, at least one, finite, and as the output distribution expects them.
+        """
+        self._check_form(x)
+        if not len(x):
+            raise DataError("no images were given; expected at least one, [N, C, H, W].")
+        finite = x.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            raise DataError(
+                f"{int((~finite).sum())} of {len(x)} images have NaN or infinite pixels; leave "
+                "them out."
+            )
+        self.generative.output.check(x)
+
+    def _check_form(self, x: Tensor) -> None:
+        """Raise DataError if the images have another shape or type than the model, or are not where
+        it is: what is known without a look at the pixels.
+        """
         if not isinstance(x, Tensor):
             raise DataError(
                 f"images are a {type(x).__name__}; expected a float tensor [B, C, H, W] with "
@@ -129,7 +151,6 @@ class VAE(nn.Module):
                 f"images are on {x.device}, this model is on {parameter.device}. Move one: "
                 "x.to(device) or model.cpu()."
             )
-        return self.encoder(x, self.generative)
 
     def bound_terms(
         self, x: Tensor, samples: int = 1, source: Source = None

@@ -168,6 +168,23 @@ def test_seeds_differ_and_repeat(linear_gaussian):
     assert not torch.allclose(values[0], values[2])
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+def test_the_pilot_adapts_to_the_acceptance_that_is_asked_for(linear_gaussian, rate):
+    known = linear_gaussian(gpvae.VAE, orthogonal=False)
+    options = AISOptions(temperatures=150, chains=8, leapfrog=3, acceptance=rate)
+    found = annealed_log_likelihood(known.model, known.x, options)
+    assert abs(found.acceptance.mean() - rate) < 0.07
+
+
+def test_the_first_step_size_is_the_one_asked_for(linear_gaussian):
+    known = linear_gaussian(gpvae.VAE, orthogonal=False)
+    q = prior(known.x, 2)
+    for step in (0.01, 0.3):
+        path = AnnealingPath(known.model.generative, known.x, q, AISOptions(2, 4, 2, step=step))
+        first = path.pilot()[0] / step  # one adaptation away: exp(0.2 (rate - 0.7))
+        assert ((first > math.exp(-0.2 * 0.7)) & (first <= math.exp(0.2 * 0.3))).all()
+
+
 def test_schedule():
     betas = schedule(50)
     assert len(betas) == 51
@@ -228,6 +245,8 @@ def test_bad_input(linear_gaussian):
             AISOptions(**{name: value})
     base = DiagonalGaussian(torch.zeros(3, 2), torch.ones(3, 2))
     with pytest.raises(DataError, match="3 base posteriors were given for 20 images"):
+        annealed_log_likelihood(known.model, known.x, QUICK, base)
+    with pytest.raises(DataError, match="20 images; give one for each"):
         annealed_log_likelihood(known.model, known.x, QUICK, base)
     binary = gpvae.VAE((1, 2, 3), ModelConfig(output="bernoulli"))
     with pytest.raises(DataError, match="binary"):

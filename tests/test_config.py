@@ -110,11 +110,25 @@ def test_unknown_key_in_a_stored_configuration():
         ("model.output", "gausian", "Did you mean 'gaussian'"),
         ("model.gp.covariance", "lowrank", "Did you mean 'low-rank'"),
         ("model.activation", "rellu", "Did you mean 'relu'"),
+        ("model.network", "mpl", "Did you mean 'mlp'"),
+        ("model.precision", "bfloat", "Did you mean 'bfloat16'"),
+        ("training.schedule", "cos", "unknown schedule 'cos'"),
+        ("evaluation.part", "tset", "Did you mean 'test'"),
+        ("model.gp.bound", "margin", "unknown bound 'margin'"),
+        ("training.average", 1.0, r"training\.average is 1\.0; expected 0 <= it < 1"),
+        ("training.kl_warmup", -1, "kl_warmup is -1; expected 0 epochs or more"),
     ],
 )
 def test_impossible_values_are_refused(key, value, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig().override(**{key: value})
+
+
+def test_options_that_do_not_go_together_are_refused():
+    with pytest.raises(ConfigError, match=r"'conv', but model\.channels is empty"):
+        RunConfig().override(**{"model.network": "conv", "model.channels": ()})
+    with pytest.raises(ConfigError, match="goes with a gaussian output, not with bernoulli"):
+        RunConfig().override(**{"model.dequantise": True, "model.output": "bernoulli"})
 
 
 def test_runs_of_one_name_that_differ_are_refused():
@@ -230,8 +244,9 @@ def test_regimes_with_bernoulli_output_are_the_same_runs_with_another_output():
     plain, other = gpvae.get_profile("regimes"), gpvae.get_profile("regimes/bernoulli")
     assert other.outputs == ("bernoulli",)
     changed = [run.override(**{"model.output": "bernoulli"}) for run in plain.jobs()]
-    assert [job for job in changed if job not in other.jobs()] == []
-    assert {job.model.output for job in other.jobs()} == {"bernoulli"}
+    jobs = other.jobs()
+    assert [job for job in changed if job not in jobs] == []
+    assert {job.model.output for job in jobs} == {"bernoulli"}
     assert gpvae.get_profile("regimes/small").variations == {}
 
 

@@ -7,10 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import images, make
 
 import gpvae
+from gpvae.config import GPConfig
 from gpvae.errors import ConfigError, DataError
 from gpvae.evaluate import IMAGES_PER_BLOCK, elbo, log_likelihood
+from gpvae.iaf import IAFVAE
+from gpvae.mixtures import MixtureVAE
 from gpvae.noise import ImageNoise
 from gpvae.posteriors import DiagonalGaussian
 
@@ -139,6 +143,39 @@ def test_decoding_stays_within_the_memory_bound(linear_gaussian):
     assert max(rows) <= 5000
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (IAFVAE, {}),
+        (MixtureVAE, {}),
+        (gpvae.GPVAE, {"gp": GPConfig(bound="marginal")}),
+    ],
+)
+def test_a_bound_without_a_closed_form_is_that_of_its_samples(kind, options):
+    """IAF, the mixtures and the predictive density: mean of log p(x, z) - log q(z | x)."""
+    model, x = make(kind, **options), images(4)
+    with torch.no_grad():
+        assert model(x).kl() is None
+        z, log_q = model(x).rsample_with_log_prob((20,), ImageNoise(x, 3))
+        draws = model.generative.log_joint(x, z) - log_q
+    found = elbo(model, x, 20, seed=3)
+    torch.testing.assert_close(found.value, draws.mean(0))
+    torch.testing.assert_close(found.stderr, draws.std(0) / math.sqrt(20))
+
+
+def test_a_sampled_kl_gives_the_bound_of_the_exact_one(monkeypatch):
+    model, x = make(output="bernoulli"), images(4)
+    with torch.no_grad():
+        model.encoder.log_std_head.bias.fill_(-1)
+        kl = model(x).kl()
+    exact = elbo(model, x, 4000, seed=1)
+    monkeypatch.setattr(DiagonalGaussian, "kl", lambda self: None)
+    sampled = elbo(model, x, 4000, seed=2)
+    error = torch.hypot(exact.stderr, sampled.stderr)
+    assert (kl > 10 * error).all()
+    assert ((sampled.value - exact.value).abs() < 4.5 * error).all()
+
+
 def test_bad_input_is_refused():
     model = gpvae.VAE((1, 4, 4), gpvae.ModelConfig(output="bernoulli", hidden=(8,)))
     x = (torch.rand(3, 1, 4, 4) < 0.5).float()
@@ -152,11 +189,16 @@ def test_bad_input_is_refused():
     broken[1, 0, 2, 2] = math.nan
     with pytest.raises(DataError, match="1 of 3 images have NaN"):
         elbo(model, broken)
+    for function in (elbo, log_likelihood):
+        with pytest.raises(DataError, match="images are a ndarray; expected a float tensor"):
+            function(model, x.numpy(), 2)
+        with pytest.raises(DataError, match="no images were given; expected at least one"):
+            function(model, x[:0], 2)
     with pytest.raises(ConfigError, match="at least 1"):
         elbo(model, x, 0)
     with pytest.raises(ConfigError, match="'exact'"):
         log_likelihood(model, x, 2, proposal="exakt")
-    with pytest.raises(DataError, match="2 proposals"):
+    with pytest.raises(DataError, match=r"2 proposals were given for 3 images; give one for each"):
         log_likelihood(model, x, 2, proposal=model(x[:2]))
 
 

@@ -9,8 +9,10 @@ import pytest
 from rows import fake_row, store_rows
 
 import gpvae
-from gpvae import findings, paths
+from gpvae import findings, paths, tables
+from gpvae.errors import DataError
 from gpvae.findings import FAILS, HOLDS, IN_PART, LACKS, OPEN, UNKNOWN
+from gpvae.stats import mean_interval
 
 VALUES = np.array([1.0, 2.0, 3.0, 5.0])
 FACTS = {"device": "abacus", "threads": 1, "networks": [1, 28, 28, 500, 50]}
@@ -190,6 +192,17 @@ def test_speed_claim_compares_with_refinement():
     assert alone.verdict == IN_PART and alone.evidence[1].endswith("SA-VAE with 4 steps missing")
 
 
+@pytest.mark.parametrize(("ours", "verdict"), [(5.9, HOLDS), (6.1, FAILS)])
+def test_far_faster_is_less_than_half_of_the_time(ours, verdict):
+    rows = [bench_row("gpvae, batch 1", ours), bench_row("savae4, batch 1", 12.0)]
+    assert findings.speed(rows).verdict == verdict
+
+
+def test_an_interval_of_no_number_is_missing():
+    """Such as that of rank correlations one of which is of a constant score."""
+    assert findings.answer(mean_interval([0.2, np.nan, 0.3])) == LACKS
+
+
 def test_conditions_name_the_seeds_of_each_output_where_they_differ():
     rows = [fake_row("gpvae", seed, VALUES) for seed in range(3)]
     assert "3 seeds (gaussian), 0 seeds (bernoulli)" in findings.conditions(plan(), rows)
@@ -301,3 +314,29 @@ def test_literature_says_what_each_run_had_and_what_was_not_run(project_root):
     assert long["ours − published"] == weighted["test images"] == "missing"
     assert least["epochs, ours / theirs"] == weighted["epochs, ours / theirs"] == "60 / 3280"
     assert long["epochs, ours / theirs"] == "1640 / 3280"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda rows, store: tables.benchmark_table(plan(), store, rows),
+        lambda rows, store: findings.against(plan()),
+        lambda rows, store: findings.summary(plan(), {}),
+    ],
+    ids=["benchmark", "against", "summary"],
+)
+def test_rows_of_two_versions_make_no_table(project_root, table):
+    _, rows = stored(every((1.0, 1.0), (0.5, 0.5)))
+    rows[3]["code_hash"] = "other"
+    with pytest.raises(DataError, match="code_hash"):
+        table(rows, store_rows("t", rows))
+
+
+def test_rows_of_two_versions_are_no_literature(project_root):
+    rows = []
+    for i, job in enumerate(gpvae.get_profile("burda").jobs()):
+        own = {"name": job.name, "config": job.to_dict(), "config_hash": job.hash()}
+        rows.append(fake_row("vae", 0, VALUES, row=own | {"code_hash": f"version {i}"}))
+    store_rows("burda", rows)
+    with pytest.raises(DataError, match="code_hash"):
+        findings.literature()

@@ -9,12 +9,14 @@ import torch
 from small_models import images, make
 
 import gpvae
+from gpvae.ais import annealed_log_likelihood
 from gpvae.errors import ConfigError, DataError
 from gpvae.evaluate import log_likelihood
-from gpvae.gaps import Pooled, decompose
+from gpvae.gaps import Pooled, decompose, difference
 from gpvae.posteriors import DiagonalGaussian
-from gpvae.refine import Study, selective_refinement, study
-from gpvae.svi import SVI, certify, gaussians, measured
+from gpvae.refine import Study, selective_refinement, study, trajectory
+from gpvae.search import BestSoFar, SearchOptions, gaussian_elbo
+from gpvae.svi import SVI, certify, gaussians, measured, optimise_posterior
 from gpvae.vlae import VLAE
 
 
@@ -99,6 +101,33 @@ def test_the_two_bounds_of_a_gap_have_noise_of_their_own(linear_gaussian):
         gaps = decompose(known.model, known.x, samples=2, elbo_samples=500, seed=seed)
         z = gaps.amortization.value / gaps.amortization.stderr
         assert 0.3 < z.square().mean() < 3
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_each_estimate_has_noise_of_its_own_and_the_proposal_of_its_name(seed):
+    model, x = make(), images(4)
+    gaps = decompose(model, x, samples=10, elbo_samples=10, seed=seed)
+    with torch.no_grad():
+        q = model(x)
+    best = gaps.optimised.posterior
+    neutral = DiagonalGaussian(best.mean, 1.2 * best.std)
+    proposals = {"own": q, "neutral": neutral, "log_px": Pooled(q, neutral)}
+    for i, (name, proposal) in enumerate(proposals.items(), 1):
+        expected = log_likelihood(model, x, 10, proposal=proposal, seed=3 * seed + i)
+        torch.testing.assert_close(getattr(gaps, name).value, expected.value, msg=name)
+    expected = gpvae.elbo(model, x, 10, seed=3 * seed)
+    torch.testing.assert_close(gaps.elbo.value, expected.value)
+    expected = measured(model.generative, x, best, 10, seed=3 * seed + 4)
+    torch.testing.assert_close(gaps.elbo_optimised.value, expected.value)
+
+
+def test_errors_of_a_difference_add_as_those_of_independent_estimates():
+    a, b = (
+        gpvae.Estimate(torch.tensor([v]), torch.tensor([e]), s)
+        for v, e, s in ((5.0, 3.0, 9), (1.0, 4.0, 7))
+    )
+    found = difference(a, b)
+    assert (found.value.item(), found.stderr.item(), found.samples) == (4.0, 5.0, 7)
 
 
 def test_a_result_of_an_earlier_search_is_used():
@@ -203,6 +232,34 @@ def test_study_orders_the_policies():
     torch.testing.assert_close(found.bounds[-1], end.value)
 
 
+def test_records_are_as_far_apart_as_asked_for_and_end_with_the_last_step():
+    model, x = make(), images(4)
+    found = study(model, x, {}, steps=5, every=2, elbo_samples=4)
+    assert found.steps.tolist() == [0, 2, 4, 5] and len(found.bounds) == 4
+
+
+def test_no_image_gets_worse_by_the_bound_that_keeps_the_best_state():
+    """A rate at which single steps overshoot, so that the last state is not always the best."""
+    model, x = make(), images(30)
+    options = SearchOptions(samples=16, rate=1.0, forget=1.0)
+    path = trajectory(model.generative, x, gaussians(model, x), range(9), options)
+    judge = BestSoFar(model.generative, x, path[0], options.seed)
+    with torch.no_grad():
+        bounds = torch.stack(
+            [gaussian_elbo(model.generative, x, q, judge.noise).mean(0) for q in path]
+        )
+    assert (bounds.diff(dim=0) >= -1e-9).all()
+    assert (bounds.diff(dim=0) == 0).any()  # some step was not kept
+
+
+@pytest.mark.parametrize("each", [0, 3, -3, -4])
+def test_a_curve_of_no_recorded_step_is_refused(each):
+    bounds = torch.zeros(3, 4)
+    found = Study(torch.tensor([0.0, 1.0, 2.0]), bounds, bounds, {})
+    with pytest.raises(ConfigError, match=rf"each={each}; .* \[0, 1, 2\], of other than 0"):
+        found.curve("random", each)
+
+
 def test_budget_goes_to_the_hardest_images_only():
     model, x = make(), images(10)
     score = torch.tensor([0.0, 5, 1, 9, 2, 2, 0, 1, 3, 4])
@@ -229,8 +286,13 @@ def test_no_budget_changes_nothing_and_too_much_refines_all():
 
 def test_bad_input():
     model, x = make(), images(4)
-    for score in (torch.zeros(3), torch.zeros(4, 1), torch.full((4,), math.nan)):
-        with pytest.raises(DataError, match="expected one finite number for each of 4 images"):
+    some = torch.tensor([1.0, math.nan, math.inf, 0.0])
+    for score, said in (
+        (torch.zeros(3), r"expected one number for each of 4 images, \(4,\)"),
+        (torch.zeros(4, 1), r"has shape \(4, 1\)"),
+        (some, "is NaN or infinite for 2 of 4 images"),
+    ):
+        with pytest.raises(DataError, match=said):
             selective_refinement(model, x, score, budget=4)
         with pytest.raises(DataError, match="'mine'"):
             study(model, x, {"mine": score})
@@ -238,3 +300,26 @@ def test_bad_input():
         selective_refinement(model, x, torch.zeros(4), budget=-1)
     with pytest.raises(ConfigError, match="every=3"):
         study(model, x, {}, steps=2, every=3)
+
+
+def test_images_that_the_model_has_no_density_of_are_refused_everywhere():
+    model, grey = make(output="bernoulli"), 0.3 + 0 * images(4)
+    broken = images(4)
+    broken[1, 0, 0, 0] = math.nan
+    score = torch.zeros(4)
+    for function in (
+        lambda x: optimise_posterior(model, x),
+        lambda x: certify(model, x),
+        lambda x: study(model, x, {"mine": score}),
+        lambda x: selective_refinement(model, x, score, budget=4),
+        lambda x: decompose(model, x),
+        lambda x: annealed_log_likelihood(model, x),
+    ):
+        for bad, said in (
+            (grey, r"pixels other than 0 and 1, which range from 0\.3 to 0\.3"),
+            (broken, "1 of 4 images have NaN"),
+            (images(4)[:, :, :3], "this model was built for"),
+            (images(4)[:0], "no images were given"),
+        ):
+            with pytest.raises(DataError, match=said):
+                function(bad)

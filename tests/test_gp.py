@@ -193,3 +193,14 @@ def test_building_a_model_leaves_the_global_generator_alone(blobs, tiny_config):
         next(copy.deepcopy(a).parameters()),
         next(gpvae.build_model(config.override(seed=1), blobs.shape).parameters()),
     )
+
+
+@pytest.mark.parametrize("covariance", WEIGHTS)
+def test_gradient_is_finite_where_the_features_are_zero(covariance):
+    """There the variance is zero, at which the square root's own gradient is infinite."""
+    weights = WEIGHTS[covariance](3, 5, gpvae.config.GPConfig(features=5, rank=2))
+    psi = torch.zeros(4, 5, requires_grad=True)
+    mean, std = weights(psi)
+    (mean.sum() + std.sum()).backward()
+    assert psi.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in weights.parameters() if p.grad is not None)

@@ -257,10 +257,6 @@ def enough(kills: list[Kill]) -> bool:
     return len(kills) >= KILLS and sum(hit.epochs > 0 for hit in kills) >= AFTER_CHECKPOINT
 
 
-def test_at_least_twenty_kills():
-    assert KILLS * len(CASES) >= 20
-
-
 def test_kills_between_and_within_stages(server, undisturbed, tmp_path):
     """At the beginning of each phase nothing of it is stored; an epoch later the first part is."""
     model = RecursiveMixtureVAE((1, 8, 8), STAGED.model)

@@ -303,6 +303,23 @@ def test_divergence_counts_up_to_its_bound(bound: float) -> None:
     assert torch.equal(terms["kl"], q.kl().mean())
 
 
+def test_each_sample_alone_is_held_to_the_bound_of_the_divergence() -> None:
+    """E min(log q - log Q, C), not min(E (log q - log Q), C): C is between the samples here."""
+    free = build(RecursiveMixtureVAE, active=2, divergence_bound=1e6)
+    x = pixels(40)
+    with torch.no_grad():
+        features = free.encoder.trunk(x)
+        q, mixture = free.encoder.component(features, 2), free.encoder.mixture(features)
+        z, log_q = q.rsample_with_log_prob((1,), gen(4))
+        each = log_q - mixture.log_prob(z)
+    bound = float(each.median())
+    model = build(RecursiveMixtureVAE, active=2, divergence_bound=bound)
+    model.fitting = True
+    found = model.loss_terms(x, 10, gen(4))["divergence"]
+    torch.testing.assert_close(found, -each.clamp_max(bound).mean())
+    assert each.clamp_max(bound).mean() < each.mean().clamp_max(bound) - 0.01
+
+
 def test_fitting_moves_the_new_component_only() -> None:
     model = build(RecursiveMixtureVAE, active=2)
     model.fitting = True

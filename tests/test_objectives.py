@@ -34,6 +34,19 @@ def test_importance_weighted_loss_is_minus_the_estimate_of_log_p(encoder):
     assert_gradients(model, x)
 
 
+def test_the_terms_of_a_weighted_loss_are_its_weighted_mean_and_the_rest():
+    model, x = make(importance_samples=6), images(5)
+    with torch.no_grad():
+        z, log_q = model(x).rsample_with_log_prob((6,), ImageNoise(x, 4))
+        log_lik = model.generative.log_likelihood(x, z)
+        log_w = log_lik + model.generative.log_prior(z) - log_q
+        weighted = (log_w.exp() * log_lik).sum(0) / log_w.exp().sum(0)
+        bound = log_w.exp().mean(0).log()
+        terms = model.loss_terms(x, 10, ImageNoise(x, 4))
+    torch.testing.assert_close(terms["reconstruction"], -weighted.mean())
+    torch.testing.assert_close(terms["kl"], (weighted - bound).mean())
+
+
 def test_more_weights_tighten_the_bound_towards_log_p(linear_gaussian):
     losses = []
     for k in (2, 20, 2000):

@@ -92,6 +92,9 @@ def test_points_outside_a_discrete_density_are_refused():
         Bernoulli().check(torch.tensor([0.5]))
     with pytest.raises(DataError, match=r"model\.levels"):
         DiscretisedLogistic(17).check(torch.tensor([0.5 / 16]))
+    for outside in (18 / 16, -1 / 16, 5.0):
+        with pytest.raises(DataError, match=rf"none of its levels .* such as {outside:g}"):
+            DiscretisedLogistic(17).check(torch.tensor([0.5, outside]))
     DiscretisedLogistic(17).check(torch.arange(17) / 16)
 
 
@@ -126,3 +129,29 @@ def test_dequantised_density_bounds_the_discrete_probability():
     assert exact - 1e-2 < bound < exact
     assert output.augment(x, generator).unique().numel() > 1000
     assert torch.equal(Gaussian().augment(x, generator), x)
+
+
+@pytest.mark.parametrize("output", ["bernoulli", "gaussian", "pixel-gaussian"])
+def test_the_mean_is_that_of_the_density(output):
+    """By summing or integrating x p(x) over one pixel."""
+    p = make_output((1, 1, 1), ModelConfig(output=output)).double()
+    raw = torch.tensor([[0.7]]).double()
+    discrete = output == "bernoulli"
+    x = torch.arange(2.0) if discrete else torch.linspace(-4, 5, 9001)
+    density = p.log_prob(raw, x.double()[:, None]).exp()
+    expected = (density * x).sum() / density.sum()
+    torch.testing.assert_close(p.mean(raw)[0, 0], expected)
+
+
+def test_images_from_the_prior_are_means_of_decoded_standard_normals():
+    model = gpvae.VAE((1, 2, 3), ModelConfig(output="bernoulli", latent_dim=4))
+    z = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.generative.decode(z).sigmoid().reshape(5, 1, 2, 3)
+        torch.testing.assert_close(model.sample(5, torch.Generator().manual_seed(0)), expected)
+        torch.testing.assert_close(model.generative.mean_image(z), expected)
+
+
+def test_bits_per_dimension_of_a_model_are_per_pixel():
+    model = gpvae.VAE((1, 2, 3), ModelConfig(latent_dim=4))
+    assert model.bits_per_dim(torch.tensor(-6 * math.log(2))).item() == pytest.approx(1)

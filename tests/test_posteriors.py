@@ -192,6 +192,12 @@ def test_shapes_and_indexing(kind):
     torch.testing.assert_close(q[2:4].log_prob(z[:, 2:4]), q.log_prob(z)[:, 2:4])
 
 
+def test_a_part_of_the_images_keeps_the_rule_and_the_kind_of_bound():
+    parts = [torch.rand(6, 3) + 0.1 for _ in range(4)]
+    part = RandomFunctionPosterior(*parts, nodes=5, marginal=True)[2:4]
+    assert part.nodes == 5 and part.kl() is None
+
+
 def test_samples_are_reparameterised():
     parts = [(torch.rand(2, 3) + 0.1).requires_grad_() for _ in range(4)]
     q = RandomFunctionPosterior(*parts)

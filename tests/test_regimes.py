@@ -11,6 +11,7 @@ from rows import fake_row, store_rows
 
 import gpvae
 from gpvae import regimes
+from gpvae.errors import DataError
 from gpvae.stats import Interval
 from gpvae.variations import NOISELESS
 
@@ -155,6 +156,9 @@ def test_widths_come_from_profiles_of_their_own(project_root):
     assert {setting.label: setting.difference.value for setting in found} == pytest.approx(
         {"hidden = 20": 2.0, "hidden = 100-100": 0.5, "hidden = 400-400": -1.0}
     )
+    store_rows("regimes/large", [row | {"code_hash": "other"} for row in rows])
+    with pytest.raises(DataError, match="code_hash"):
+        regimes.widths(gpvae.get_profile("regimes"), own[1], own[0])
 
 
 def test_regimes_are_told_apart_and_summed_up(project_root):

@@ -17,7 +17,10 @@ from gpvae import events, experiment, paths, results
 from gpvae.data import digest
 from gpvae.errors import DataError, TrainingError
 from gpvae.experiment import run, run_all
+from gpvae.gaps import decompose
+from gpvae.refine import study
 from gpvae.results import Results, append_json_line, read_json_lines
+from gpvae.search import SearchOptions
 
 
 def test_row_holds_everything_that_made_it(project_root, config, lines):
@@ -230,6 +233,40 @@ def test_the_seed_of_the_evaluation_reaches_every_estimate(project_root, config,
         refined = Results("p/1").arrays(a), Results("p/2").arrays(b)
         for key in ("refine_bounds", "refine_ranking"):  # the start, where only the noise differs
             assert (refined[0][key][0] != refined[1][key][0]).all(), key
+
+
+def test_every_estimate_is_kept_under_its_name(config):
+    """The reference of the gaps is by both proposals; what ranks images and what reports their
+    gain have noise of their own.
+    """
+    config = config.override(**{"evaluation.gaps": True, "model.encoder": "gpvae"})
+    data, e = experiment.load_data(config), config.evaluation
+    model = gpvae.build_model(config, data.shape).eval()
+    x = gpvae.training.evaluation_images(data, "test", config)
+    estimates, arrays = experiment.evaluate(model, x, config)
+    options = SearchOptions(seed=e.seed)
+    gaps = decompose(model, x, e.samples, e.elbo_samples, options, seed=e.seed - 1)
+    expected = {
+        "elbo": gaps.elbo,
+        "log_likelihood": gaps.own,
+        "elbo_optimised": gaps.elbo_optimised,
+        "log_likelihood_neutral": gaps.neutral,
+        "log_px": gaps.log_px,
+    }
+    assert set(estimates) == set(expected)
+    for name, estimate in expected.items():
+        assert torch.equal(estimates[name].value, estimate.value), name
+        np.testing.assert_allclose(arrays[name], estimate.value.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(arrays[f"{name}_stderr"], estimate.stderr.numpy(), rtol=1e-6)
+    with torch.no_grad():
+        q = model(x)
+    np.testing.assert_allclose(arrays["q_var"], (q.std**2).mean(-1), rtol=1e-6)
+    refined = study(
+        model, x, q.scores(), options=SearchOptions(seed=e.seed - 1), elbo_samples=e.elbo_samples
+    )
+    np.testing.assert_allclose(arrays["refine_bounds"], refined.bounds, rtol=1e-6)
+    np.testing.assert_allclose(arrays["refine_ranking"], refined.ranking_bounds, rtol=1e-6)
+    assert (arrays["refine_bounds"][0] != arrays["refine_ranking"][0]).all()
 
 
 def test_outliers_get_the_bound_and_scores_of_other_images(project_root, config):

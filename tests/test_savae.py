@@ -15,7 +15,8 @@ from gpvae.config import ModelConfig, SAVAEConfig
 from gpvae.errors import ConfigError, TrainingError
 from gpvae.evaluate import log_likelihood
 from gpvae.noise import ImageNoise
-from gpvae.savae import SAVAE, clipped
+from gpvae.posteriors import DiagonalGaussian
+from gpvae.savae import SAVAE, clipped, refine
 from gpvae.svi import measured
 from gpvae.training import build_model, train
 
@@ -190,6 +191,30 @@ def test_clip_bounds_the_move_of_each_image_alone():
     small = moves[1] < 0.3
     torch.testing.assert_close(moves[0][small], moves[1][small])
     torch.testing.assert_close(moves[0][~small], torch.full_like(moves[0][~small], 0.3))
+    moves = [(m(x).std.log() - vae(x).std.log()).norm(dim=-1) / 0.05 for m in (model, free)]
+    assert moves[0].max() <= 0.3 + 1e-9 < moves[1].max()  # mean and deviation are clipped apart
+
+
+def test_two_steps_are_the_formula_with_noise_of_their_own():
+    """v <- momentum v + gradient, then mean and log std move by the step size times v."""
+    model, x = make(), images(3)
+    options = SAVAEConfig(steps=2, learning_rate=0.1, momentum=0.7, clip=0.0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4, 3, 2, generator=generator, dtype=torch.float64)
+    start = DiagonalGaussian(torch.full((3, 2), 0.3).double(), torch.full((3, 2), 0.5).double())
+    found, failed = refine(model.generative, x, start, noise, options)
+    state = [start.mean, start.std.log()]
+    velocity = [torch.zeros(3, 2).double()] * 2
+    for e in noise:
+        mean, log_std = (each.clone().requires_grad_() for each in state)
+        log_lik = model.generative.log_likelihood(x, mean + log_std.exp() * e).mean(0)
+        kl = 0.5 * (mean**2 + (2 * log_std).exp() - 2 * log_std - 1).sum(-1)
+        ascent = torch.autograd.grad((log_lik - kl).sum(), (mean, log_std))
+        velocity = [0.7 * v + g for v, g in zip(velocity, ascent, strict=True)]
+        state = [s + 0.1 * v for s, v in zip(state, velocity, strict=True)]
+    torch.testing.assert_close(found.mean.detach(), state[0])
+    torch.testing.assert_close(found.std.detach(), state[1].exp())
+    assert (failed == -1).all()
 
 
 def test_noise_is_fixed_at_evaluation_and_fresh_in_training():

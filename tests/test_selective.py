@@ -63,3 +63,10 @@ def test_a_model_without_a_recorded_study_has_no_refinement(project_root):
     row = fake_row("vae", 0, [1.0])
     refinement = Refinement(store_rows("t", [row]), [row])
     assert refinement.studies == [] and refinement.choices == {}
+    for table in (refinement_table, budget_table):
+        (line,) = table({"gaussian": refinement}).to_dict("records")
+        assert line.pop("output") == "gaussian" and set(line.values()) == {"missing"}
+    store, good = refined(0, [0, 1, 2, 3])
+    both = {"gaussian": refinement, "bernoulli": Refinement(store, [good])}
+    for table in (refinement_table, budget_table):
+        assert list(table(both).columns) == list(table({"bernoulli": both["bernoulli"]}).columns)

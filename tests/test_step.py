@@ -118,6 +118,19 @@ def test_gradient_is_that_of_the_weighted_loss(scheduled):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_averages_start_anew_with_a_phase(scheduled):
+    """RME goes on from other weights there, of which the old averages know nothing."""
+    taken = make_step(scheduled)
+    with torch.no_grad():
+        for p in taken.parameters:
+            p.add_(1)
+    taken.start_epoch(2, 6, new_phase=False)
+    pairs = list(zip(taken.averages, taken.parameters, strict=True))
+    assert not any(torch.equal(average, p) for average, p in pairs)
+    taken.start_epoch(3, 6, new_phase=True)
+    assert all(torch.equal(average, p) for average, p in pairs)
+
+
 def test_moving_average_is_its_recursion(scheduled):
     taken = make_step(scheduled)
     taken.start_epoch(0, 6, new_phase=True)

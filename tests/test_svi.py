@@ -14,8 +14,17 @@ from gpvae.config import ModelConfig
 from gpvae.errors import ConfigError, DataError
 from gpvae.noise import image_keys, image_noise, orthogonal_noise
 from gpvae.posteriors import DiagonalGaussian
-from gpvae.search import LARGEST_MOVE, SearchOptions, whitened_step
-from gpvae.svi import SVI, certify, measured, optimise_posterior, prior, widened
+from gpvae.search import LARGEST_MOVE, BestSoFar, SearchOptions, search, whitened_step
+from gpvae.svi import (
+    SVI,
+    Certificate,
+    certify,
+    gaussians,
+    measured,
+    optimise_posterior,
+    prior,
+    widened,
+)
 
 
 def optimum(known):
@@ -111,15 +120,15 @@ def test_an_image_that_cannot_be_used_keeps_its_start_and_disturbs_no_other():
     broken = x.clone()
     broken[2, 0, 0, 0] = math.nan
     start = prior(x, 3)
-    found = optimise_posterior(model, broken, start)
-    assert not found.converged[2]
-    assert found.steps[2] == SearchOptions().check_every  # it did not go on in vain
-    assert torch.equal(found.posterior.mean[2], start.mean[2])
-    assert torch.equal(found.posterior.std[2], start.std[2])
+    found, converged, steps = search(model.generative, broken, start, SearchOptions())
+    assert not converged[2]
+    assert steps[2] == SearchOptions().check_every  # it did not go on in vain
+    assert torch.equal(found.mean[2], start.mean[2])
+    assert torch.equal(found.std[2], start.std[2])
     others = [0, 1, 3, 4]
-    assert found.converged[others].all()
+    assert converged[others].all()
     expected = optimise_posterior(model, x[others], start[others])
-    torch.testing.assert_close(found.posterior.mean[others], expected.posterior.mean)
+    torch.testing.assert_close(found.mean[others], expected.posterior.mean)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -199,6 +208,42 @@ def test_certificate_of_a_convex_problem_disputes_nothing(linear_gaussian):
     assert found.best.converged.all()
 
 
+def test_a_search_that_was_cut_short_is_not_certified():
+    model, x = make(), images(4)
+    cut = certify(model, x, SearchOptions(max_steps=1), tolerance=math.inf)
+    assert sorted(cut.disputed) == [0, 1, 2, 3]
+    assert (cut.best.steps == 2).all()  # one of each search
+
+
+def test_images_in_dispute_are_named_by_how_far_the_searches_are_apart():
+    difference = torch.tensor([0.2, -3.0, 0.01, 1.0])
+    found = Certificate(None, difference, difference.abs() < 0.1, 0.1)
+    assert found.disputed == [1, 3, 0]
+
+
+def test_what_is_kept_is_not_chosen_by_the_noise_of_the_search():
+    model, x = make(), images(2)
+    q = gaussians(model, x)
+    kept = BestSoFar(model.generative, x, q, seed=5).noise
+    own = orthogonal_noise(len(kept), q.mean, torch.Generator().manual_seed(5))
+    assert kept.shape == own.shape and not torch.equal(kept, own)
+
+
+@pytest.mark.parametrize("option", [{"rate": 0.1}, {"forget": 0.9}, {"samples": 40}, {"seed": 3}])
+def test_every_option_of_the_steps_reaches_the_search(option):
+    model, x = make(), images(3)
+    plain, other = (
+        optimise_posterior(model, x, options=SearchOptions(max_steps=4, **o)) for o in ({}, option)
+    )
+    assert (plain.posterior.mean != other.posterior.mean).any()
+
+
+def test_the_bound_is_measured_as_often_as_asked_for(linear_gaussian):
+    known = linear_gaussian(gpvae.VAE, orthogonal=False)
+    found = optimise_posterior(known.model, known.x, options=SearchOptions(check_every=7))
+    assert (found.steps % 7 == 0).all() and (found.steps >= 14).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -223,6 +268,10 @@ def test_unusable_starts_are_refused():
     nan = DiagonalGaussian(torch.full((3, 3), math.nan).double(), torch.ones(3, 3).double())
     with pytest.raises(DataError, match="3 of 3 images are not finite"):
         optimise_posterior(model, x, nan)
+    flat = prior(x, 3)
+    flat.std[1, 2] = 0
+    with pytest.raises(DataError, match=r"1 of 3 images .* or have a standard deviation of 0"):
+        optimise_posterior(model, x, flat)
 
 
 def test_widened():

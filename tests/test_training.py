@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import gpvae
 from gpvae import training
 from gpvae.checkpoint import State, load_checkpoint, save_checkpoint
+from gpvae.data import Images
 from gpvae.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gpvae.training import load_model, train
 
@@ -72,6 +74,20 @@ def test_finished_run_is_not_trained_again(tiny_config, blobs, tmp_path, monkeyp
     monkeypatch.setattr(gpvae.VAE, "loss_terms", None)  # would fail if called
     again = train(tiny_config, blobs, tmp_path)
     assert torch.equal(weights(first), weights(again))
+
+
+def test_a_run_whose_patience_ended_between_two_bounds_is_not_trained_again(
+    tiny_config, blobs, tmp_path, monkeypatch
+):
+    changes = {"epochs": 400, "evaluate_every": 2, "patience": 5, "learning_rate": 0.05}
+    config = tiny_config.override({f"training.{key}": value for key, value in changes.items()})
+    first = train(config, blobs, tmp_path)
+    last = load_checkpoint(tmp_path / "checkpoint.pt")["epoch"]
+    assert last % 2 and last == first.best_epoch + 5 < 400
+    monkeypatch.setattr(gpvae.VAE, "loss_terms", None)  # would fail if called
+    again = train(config, blobs, tmp_path)
+    assert torch.equal(weights(first), weights(again))
+    assert first.history == again.history
 
 
 def test_training_raises_the_bound_and_keeps_the_best(blobs, tiny_config):
@@ -291,3 +307,22 @@ def test_an_array_is_no_data_set(blobs, tiny_config):
 def test_images_that_a_model_cannot_take(tiny_config, x, message):
     with pytest.raises(DataError, match=message):
         training.build_model(tiny_config, (1, 4, 4))(x)
+
+
+def test_a_checkpoint_that_lacks_something_says_what(tiny_config, blobs, tmp_path):
+    train(tiny_config.override({"training.epochs": 1}), blobs, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    saved = load_checkpoint(path)
+    save_checkpoint(path, {k: v for k, v in saved.items() if k not in ("history", "averages")})
+    with pytest.raises(CheckpointError, match="lacks averages, history, so that it is of another"):
+        load_checkpoint(path)
+
+
+def test_validation_and_test_images_are_binarised_by_noise_of_their_own(tiny_config, blobs):
+    config = tiny_config.override({"model.output": "bernoulli"})
+    half = Images(torch.full((50, 1, 4, 4), 1, dtype=torch.uint8), levels=3)  # grey one half
+    data = replace(blobs, valid=half, test=half)
+    valid, test = (training.evaluation_images(data, part, config) for part in ("valid", "test"))
+    assert set(valid.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(valid, test)
+    assert torch.equal(valid, training.evaluation_images(data, "valid", config))
