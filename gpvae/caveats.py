@@ -1,4 +1,4 @@
-"""What the intervals over seeds of a benchmark table do not tell, as sentences from rows."""
+"""What the intervals over seeds of a table do not tell, as sentences computed from rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
-from gpvae.findings import JUDGED, answer
+from gpvae.findings import JUDGED, SUPPORTS, answer
 from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval
 from gpvae.tables import LABELS, format_interval, image_error, paired, paired_values
+
+Pairs = Mapping[tuple[str, str, str], Mapping[str, Interval]]
 
 VAGUE = 0.5  # nats of standard error of an image's log p(x)
 
@@ -18,7 +21,7 @@ Methods = Mapping[str, Mapping[str, Sequence[Row]]]  # rows by output and encode
 
 
 def caveats(results: Results, methods: Methods) -> str:
-    """All of the sentences below, a paragraph each.
+    """What belongs below a benchmark table, a paragraph for each of the three notes below.
 
     Args:
         results: with the per-image arrays.
@@ -105,6 +108,35 @@ def _without_one(
                 if whole.n > 1:
                     rest = without_one_image(results, own, found["vae"], key)
                     yield output, encoder, word, whole, rest
+
+
+def p_value(difference: Interval) -> float:
+    """Two-sided p of Student's t for a mean of zero, from a 95% interval over seeds."""
+    error = (difference.high - difference.value) / stats.t.ppf(0.975, difference.n - 1)
+    return float(2 * stats.t.sf(abs(difference.value / error), difference.n - 1))
+
+
+def chance_note(pairs: Pairs) -> str:
+    """How many differences to the VAE would lie above zero by chance, and which do.
+
+    Args:
+        pairs: GPVAE minus each other method, by profile, output and proposal; see
+            `findings.against`.
+    """
+    found = {key: line["vae"] for key, line in pairs.items() if "vae" in line}
+    found = {key: difference for key, difference in found.items() if difference.n > 1}
+    lines = len({(profile, output) for profile, output, _ in found})
+    above = [
+        f"{profile} ({output}, {word}) p = {p:.2g}, corrected {min(1.0, lines * p):.2g}"
+        for (profile, output, word), difference in found.items()
+        if answer(difference) == SUPPORTS
+        for p in (p_value(difference),)
+    ]
+    return (
+        f"GPVAE is compared with the VAE in {lines} lines by each proposal, of which "
+        f"{0.025 * lines:.1f} would have an interval above zero by chance. Above zero "
+        f"(corrected: Bonferroni, by the number of lines): {'; '.join(above) or 'none'}."
+    )
 
 
 def without_one_image(

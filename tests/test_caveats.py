@@ -7,10 +7,20 @@ import math
 import numpy as np
 import pytest
 from rows import fake_row, store_rows
+from scipy import stats
 
-from gpvae.caveats import caveats, image_note, single_image_note, vague_note, vague_share
+from gpvae.caveats import (
+    caveats,
+    chance_note,
+    image_note,
+    p_value,
+    single_image_note,
+    vague_note,
+    vague_share,
+)
 from gpvae.caveats import without_one_image as without
 from gpvae.results import Results
+from gpvae.stats import Interval, mean_interval
 
 
 def test_estimates_from_too_few_samples_are_named(project_root):
@@ -72,3 +82,24 @@ def test_a_difference_that_no_single_image_decides_is_not_named(project_root, lo
     few = [fake_row("me", seed, np.arange(5.0) + 1 + 0.1 * seed) for seed in (0, 1)]
     results = store_rows("t", few)
     assert single_image_note(results, methods_of(*vae, *few)) == ""
+
+
+def test_p_value_is_that_of_a_t_test():
+    values = [0.4, 1.3, 0.2, 0.9, 1.1]
+    expected = stats.ttest_1samp(values, 0).pvalue
+    assert p_value(mean_interval(values)) == pytest.approx(expected)
+    edge = mean_interval([value - mean_interval(values).low for value in values])
+    assert p_value(edge) == pytest.approx(0.05)
+
+
+def test_differences_above_zero_are_counted_against_chance():
+    above, below = mean_interval([1.0, 1.1, 0.9, 1.0]), mean_interval([-1.0, -1.1, -0.9, -1.0])
+    own, both = "own proposal", "both proposals"
+    pairs = {("a", "gaussian", own): {"vae": above, "iaf": above}}
+    pairs |= {("a", "gaussian", both): {"vae": below}, ("b", "gaussian", own): {"vae": below}}
+    pairs |= {("c", "gaussian", own): {"vae": Interval(1.0, math.nan, math.nan, 1)}}
+    note = chance_note(pairs)
+    assert "in 2 lines by each proposal, of which 0.1 would" in note  # one seed gives no interval
+    p = p_value(above)
+    assert note.endswith(f"lines): a (gaussian, own proposal) p = {p:.2g}, corrected {2 * p:.2g}.")
+    assert chance_note({}).endswith("lines): none.")
