@@ -63,7 +63,7 @@ def image_note(results: Results, methods: Methods) -> str:
     """How well these test images stand for others, see `tables.image_error`."""
     outputs = []
     for output, found in methods.items():
-        errors = {e: image_error(results, own, found["vae"]) for e, own in found.items()}
+        errors = {e: image_error(results, own, found.get("vae", [])) for e, own in found.items()}
         listed = ", ".join(
             f"{LABELS[encoder]} {error:.2f}"
             for encoder, error in errors.items()
@@ -104,7 +104,7 @@ def _without_one(
     for output, found in methods.items():
         for encoder, own in found.items():
             for word, key in JUDGED.items() if encoder not in ("vae", "svi") else ():
-                whole = paired(results, own, found["vae"], key)
+                whole = paired(results, own, found.get("vae", []), key)
                 if whole.n > 1:
                     rest = without_one_image(results, own, found["vae"], key)
                     yield output, encoder, word, whole, rest

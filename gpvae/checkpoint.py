@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpvae.config import RunConfig, differences
-from gpvae.errors import CheckpointError
+from gpvae.disk import replaced
+from gpvae.errors import CheckpointError, StorageError
 from gpvae.vae import VAE
 
 
@@ -94,17 +93,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one.
 
     Raises:
-        CheckpointError: the folder cannot be written or the disk is full; the old file stays.
+        StorageError: the folder cannot be written or the disk is full; the old file stays.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with replaced(path) as file:
+            torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(
+        raise StorageError(
             f"cannot write {path}: {error}. Free some space or make the folder writable, then "
             "run the same command again; it continues from the last checkpoint."
         ) from error

@@ -163,7 +163,7 @@ def bounds_and_costs(
     """
     found = {}
     for encoder, rows in methods.items():
-        if not rows or not methods["vae"]:
+        if not rows or not methods.get("vae"):
             continue
         count = from_dict(RunConfig, rows[0]["config"]).model.count
         method = encoder if count is None else f"{encoder}{count}"

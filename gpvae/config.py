@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -369,6 +369,19 @@ def _label(data: str) -> str:
     return f"{last}-{hashlib.sha256(data.encode()).hexdigest()[:6]}"
 
 
+def check_names(configs: Iterable[RunConfig]) -> None:
+    """Raise ConfigError if two of these runs differ in something that their names do not tell."""
+    by_name: dict[str, RunConfig] = {}
+    for config in configs:
+        first = by_name.setdefault(config.name, config)
+        if first != config:
+            changed = "; ".join(differences(first.to_dict(), config.to_dict()))
+            raise ConfigError(
+                f"two runs are called {config.name} and differ: {changed}. Rows are told apart by "
+                "name: do them one after the other, or give one a profile of its own."
+            )
+
+
 def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Build a configuration from nested plain values.
 
@@ -503,5 +516,7 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"training.average is {t.average}; expected 0 <= it < 1.")
     if t.kl_warmup < 0:
         raise ConfigError(f"training.kl_warmup is {t.kl_warmup}; expected 0 epochs or more.")
+    for key, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
+        _check_range(key, seed, 0, 2**63 - 1)
     if gp.temperature < 0:
         raise ConfigError(f"model.gp.temperature is {gp.temperature}; expected 0 or more.")

@@ -22,6 +22,12 @@ class CheckpointError(GPVAEError):
     """A checkpoint that is truncated, foreign or of another configuration."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint that cannot be written, such as on a full disk."""
+
+    exit_code = 1  # it was well asked for
+
+
 class TrainingError(GPVAEError):
     """Training that cannot go on, such as a loss that is not finite."""
 

@@ -8,12 +8,11 @@ facts and `format_summary` is a pure function of them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpvae import paths
+from gpvae import jsonl, paths
 
 STATUSES = ("made", "reused", "recomputed", "failed", "missing")
 
@@ -54,15 +53,7 @@ def record(
     """
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
-    line = json.dumps(asdict(Event(kind, name, status, reason, seconds))) + "\n"
-    path = log(profile)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One write to a file opened for appending: lines of two processes do not mix.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    jsonl.append(log(profile), asdict(Event(kind, name, status, reason, seconds)))
 
 
 def read(profile: str, offset: int = 0) -> tuple[list[Event], int]:

@@ -27,8 +27,11 @@ from gpvae.results import (
     Results,
     Row,
     checkpoint_name,
+    code_digest,
     code_hash,
+    is_whole,
     method_hash,
+    not_finite,
     run_key,
     stale_reason,
     versions,
@@ -101,6 +104,9 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
         profile: whose results folder holds rows, arrays and checkpoints.
         fresh_since: compute anew what was finished before this time (seconds since 1970).
         log: called with progress lines.
+
+    Raises:
+        TrainingError: training failed, or an estimate is no finite number.
     """
     data = load_data(config)
     results = Results(profile)
@@ -108,7 +114,7 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     status, reason = status_of(results, config, data, fresh_since)
     if status == "reused":
         events.record(profile, "row", config.name, status)
-        return results.find(config.name)
+        return results.find(config.name, run_key(config, data.hash))
     if reason:
         log(f"{config.name}: computed again ({reason})")
     _discard_older(run_folder(config, profile, data), fresh_since)
@@ -125,6 +131,11 @@ def run(config: RunConfig, profile: str, fresh_since: float = 0.0, log: Log = pr
     arrays["valid_index"] = data.valid_index
     row = _row(config, data, model, estimates, seconds)
     results.append(row, arrays)
+    if wrong := not_finite(row):
+        raise TrainingError(
+            f"{config.name}: not a finite number: {wrong}. Its row is kept and counts as failed; "
+            f"try a smaller training.learning_rate (now {config.training.learning_rate:g})."
+        )
     events.record(profile, "row", config.name, status, reason, time.monotonic() - start)
     return row
 
@@ -133,14 +144,16 @@ def status_of(
     results: Results, config: RunConfig, data: Dataset, fresh_since: float
 ) -> tuple[str, str]:
     """What `run` would do ("made", "recomputed" or "reused") and why it computes again."""
-    row = results.find(config.name)
+    row = results.find(config.name, run_key(config, data.hash))
     if row is None:
         return "made", ""
     reason = stale_reason(row, config, data.hash)
     if row["finished"] < fresh_since:
         reason = FORCED
-    if not reason and not results.arrays_path(row).exists():
-        reason = "its per-image arrays are missing"
+    if not reason and not is_whole(results.arrays_path(row)):
+        reason = "its per-image arrays are missing or damaged"
+    if not reason and not_finite(row):
+        reason = "an estimate was no finite number"
     return ("recomputed", reason) if reason else ("reused", "")
 
 
@@ -237,6 +250,7 @@ def _row(
         "config_hash": config.hash(),
         "data_hash": data.hash,
         "code_hash": code_hash(),
+        "code_digest": code_digest(),
         **({"method_hash": own} if (own := method_hash(config)) else {}),
         "split": data.split,
         "seed": config.seed,

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpvae import experiment, paths
-from gpvae.config import RunConfig
-from gpvae.results import Results, Row, not_finite, read_json_lines, run_key
+from gpvae import experiment, jsonl, paths
+from gpvae.config import RunConfig, check_names
+from gpvae.results import Results, Row, not_finite, run_key
 
 STATES = ("done", "stale", "failed", "missing")
 
@@ -68,15 +68,18 @@ def survey(
 
     Raises:
         DataError: the images of a job cannot be had.
+        ConfigError: two runs of a profile differ in something that their names do not tell.
     """
     jobs, data, source = [], None, None
     for profile, configs in configs_by_profile.items():
+        check_names(configs)
         results, failures = _Snapshot(profile), read_failures(profile)
         for config in dict.fromkeys(configs):
             if data is None or config.data != source:  # runs of the same images stand together
                 data, source = experiment.load_data(config), config.data
             status, reason = experiment.status_of(results, config, data, fresh_since)
-            row, key = results.find(config.name), run_key(config, data.hash)
+            key = run_key(config, data.hash)
+            row = results.find(config.name, key)
             state = {"made": "missing", "recomputed": "stale", "reused": "done"}[status]
             if row is not None and not_finite(row):
                 state = "missing"
@@ -97,10 +100,12 @@ class _Snapshot(Results):
 
     def __init__(self, profile: str) -> None:
         super().__init__(profile)
-        self._found = {row["name"]: row for row in self.rows()}
+        rows = self.stored()
+        self._newest = {row["name"]: row for row in rows}
+        self._same = {(row["name"], row["key"]): row for row in rows}
 
-    def find(self, name: str) -> Row | None:
-        return self._found.get(name)
+    def find(self, name: str, key: str = "") -> Row | None:
+        return self._same.get((name, key)) or self._newest.get(name)
 
 
 def failures_path(profile: str) -> Path:
@@ -120,9 +125,9 @@ def read_failures(profile: str, committed: bool = False) -> dict[str, Failure]:
         profile: whose failures.
         committed: read those in `figures/<profile>/`, too.
     """
-    lines = read_json_lines(committed_failures_path(profile)) if committed else []
+    lines = jsonl.read(committed_failures_path(profile)) if committed else []
     found = {}
-    for line in lines + read_json_lines(failures_path(profile)):
+    for line in lines + jsonl.read(failures_path(profile)):
         try:
             failure = Failure(**line)
         except TypeError:  # damaged, or of another version

@@ -15,8 +15,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def root() -> Path:
     """Folder under which results and figures are written."""
-    if "GPVAE_ROOT" in os.environ:
-        return Path(os.environ["GPVAE_ROOT"])
+    if given := os.environ.get("GPVAE_ROOT"):
+        return Path(given).expanduser()
     return CHECKOUT if notebooks().is_dir() else Path.cwd()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -407,7 +407,7 @@ def rank_lines(
     for i, (encoder, rank) in enumerate(ranks.items()):
         ax.plot(rank, i, "o", ms=7, color=COLOURS[encoder])
     shifts = np.linspace(-0.22, 0.22, len(blocks)) if len(blocks) > 1 else [0.0]
-    for name, marker, shift in zip(blocks, "sv^<>DPX*", shifts, strict=False):
+    for name, marker, shift in zip(blocks, cycle("sv^<>DPX*"), shifts, strict=False):
         each = [blocks[name][encoder] for encoder in ranks]
         style = {"ls": "", "ms": 3.5, "mfc": "white", "mew": 0.7, "color": "0.2", "zorder": 3}
         ax.plot(each, np.arange(len(ranks)) + shift, marker, label=name, **style)

@@ -3,7 +3,8 @@
 A module that calls `register` and `register_profile`, named in the environment variable
 `GPVAE_PLUGINS` (several are separated by commas), is imported with `gpvae`: by the command line, by
 its worker processes and by the notebooks. Rows of a method from outside say by which source they
-were made, and are stale once it changes; all other rows stay.
+were made, and are stale once it changes (that module alone, not what it imports); all other rows
+stay.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def register(name: str, model: type[VAE], label: str = "", colour: object = "0.4
         colour: of matplotlib.
 
     Raises:
-        ConfigError: the name is no identifier, or that of another method.
+        ConfigError: the name is no identifier or that of another method, or the class has no
+            source that can be read.
     """
     from gpvae.plots import COLOURS
     from gpvae.tables import LABELS
@@ -72,19 +74,26 @@ def load() -> None:
     for name in filter(None, os.environ.get("GPVAE_PLUGINS", "").split(",")):
         try:
             import_module(name.strip())
-        except ImportError as error:
+        except Exception as error:  # whatever a module of somebody else does
             raise ConfigError(
-                f"GPVAE_PLUGINS names {name.strip()!r}, which cannot be imported ({error}). "
-                "Expected modules, separated by commas, in folders that PYTHONPATH names in full "
-                "(notebooks run in another folder)."
+                f"GPVAE_PLUGINS names {name.strip()!r}, which cannot be imported "
+                f"({type(error).__name__}: {error}). Expected modules, separated by commas, in "
+                "folders that PYTHONPATH names in full (notebooks run in another folder)."
             ) from error
 
 
 def _source(model: type) -> str:
-    """Source of the module in which a class was defined; of the class alone in a notebook."""
+    """Source of the module in which a class was defined; of the class alone in a notebook.
+
+    Raises:
+        ConfigError: there is none, so that a change of it could not be seen.
+    """
     for where in (sys.modules.get(model.__module__), model):
         try:
             return inspect.getsource(where)
         except (OSError, TypeError):
             continue
-    return ""
+    raise ConfigError(
+        f"the source of the method's class {model.__qualname__} cannot be read, so that its rows "
+        "could not be told from those of a later version. Put the class into a module."
+    )

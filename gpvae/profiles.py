@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gpvae.config import METHODS, OUTPUTS, RunConfig, differences
+from gpvae.config import METHODS, OUTPUTS, RunConfig, check_names
 from gpvae.errors import ConfigError, unknown
 from gpvae.presets import CPU_PRESETS, PRESETS
 from gpvae.variations import (
@@ -70,6 +70,11 @@ class Profile:
                     f"{key} of the profile {self.name} is {value!r}; expected a tuple, such as "
                     f"{getattr(type(self), key)!r}."
                 )
+        if not 0 < self.notebook_scale <= 1 or (self.workers is not None and self.workers < 1):
+            raise ConfigError(
+                f"the profile {self.name} has notebook_scale={self.notebook_scale} and "
+                f"workers={self.workers}; expected a number in (0, 1], and None or at least 1."
+            )
         for encoder, output in self.settings:
             if encoder not in (*METHODS, *self.encoders):
                 raise ConfigError(unknown("encoder in settings", encoder, METHODS))
@@ -134,19 +139,16 @@ class Profile:
         Raises:
             ConfigError: two runs that differ in something which their names do not tell.
         """
-        jobs = [*self.runs(), *self.size_runs()]
-        jobs += [run for name in self.variations for run in self.variation(name)]
-        by_name: dict[str, RunConfig] = {}
-        for job in jobs:
-            first = by_name.setdefault(job.name, job)
-            # The training-size curve and the table share runs, of which only the table needs gaps.
-            changed = [] if first == job else differences(first.to_dict(), job.to_dict())
-            if any(not line.startswith("evaluation.gaps:") for line in changed):
-                raise ConfigError(
-                    f"two runs of the profile {self.name} are called {job.name} and differ: "
-                    f"{'; '.join(changed)}. Give one of them a profile of its own."
-                )
-        return list(by_name.values())
+        runs = self.runs()
+        more = [
+            *self.size_runs(),
+            *(run for name in self.variations for run in self.variation(name)),
+        ]
+        # The training-size curve and others share runs with the table, which alone needs gaps.
+        ungapped = {run.override(**{"evaluation.gaps": False}) for run in runs}
+        jobs = list(dict.fromkeys([*runs, *(run for run in more if run not in ungapped)]))
+        check_names(jobs)
+        return jobs
 
 
 def _burda() -> Profile:

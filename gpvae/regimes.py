@@ -71,7 +71,7 @@ def regime(profile: Profile, results: Results, rows: Sequence[Row], name: str) -
 
     The VAE is that of the same setting where the variation has one, else that of the table.
     """
-    usual = by_encoder(profile, profile.outputs[0], rows)["vae"]
+    usual = by_encoder(profile, profile.outputs[0], rows).get("vae", [])
     settings = profile.variations[name]
     found = []
     for changes in settings:

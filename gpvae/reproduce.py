@@ -8,7 +8,6 @@ inside functions only, so that this module (and the command's help) loads at onc
 from __future__ import annotations
 
 import argparse
-import ast
 import errno
 import math
 import os
@@ -22,13 +21,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpvae import events, paths
-from gpvae.disk import disk_error
+from gpvae.arguments import assignment, collected
+from gpvae.disk import check_writable, disk_error
 from gpvae.errors import ConfigError, NotebookError
 from gpvae.events import NotebookRun, Summary
 from gpvae.kernel import execute
 from gpvae.notebooks import Notebook, check_parameters, find_notebooks, plain, quiet, select
 
-JSON_WORDS = {"true": True, "false": False, "null": None}
 CELL_TIMEOUT = 4 * 3600  # seconds that one cell may take
 
 
@@ -69,7 +68,7 @@ def reproduce(
         "fresh_since": time.time() if force else 0.0,
         **plain(dict(parameters or {})),
     }
-    _prepare(profile)
+    check_writable(_executed_folder(profile), paths.figures(profile).absolute())
     return _run_all(chosen, values, timeout, stream or sys.stdout)
 
 
@@ -137,17 +136,6 @@ def _check_installed() -> None:
 
 def _executed_folder(profile: str) -> Path:
     return paths.results(profile).absolute() / "notebooks"
-
-
-def _prepare(profile: str) -> None:
-    """Make the folders and try to write to them before hours of work depend on it."""
-    for folder in (_executed_folder(profile), paths.figures(profile).absolute()):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"x")
-        except OSError as error:
-            raise disk_error(error, folder) from error
 
 
 def _stop_on_full_disk(run: NotebookRun) -> None:
@@ -256,31 +244,13 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def assignment(text: str) -> tuple[str, Any]:
-    """Parse `NAME=VALUE`, see `literal`."""
-    name, separator, value = text.partition("=")
-    if not (separator and name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, literal(value)
-
-
-def literal(text: str) -> Any:
-    """A value as Python or JSON write it (`true` and `True`); what is neither is text."""
-    if text in JSON_WORDS:
-        return JSON_WORDS[text]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-
-
 def run(args: argparse.Namespace) -> int:
     """Run `gpvae reproduce` and return its exit code."""
     summary = reproduce(
         args.profile,
         only=args.only,
         force=args.force,
-        parameters=dict(args.parameters or []),
+        parameters=collected(args.parameters or []),
         cell_timeout=args.cell_timeout,
     )
     return summary.exit_code

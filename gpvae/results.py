@@ -11,20 +11,19 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
-import json
 import math
-import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from gpvae import paths
+from gpvae import jsonl, paths
 from gpvae.config import RunConfig, differences
+from gpvae.disk import replaced
 from gpvae.errors import DataError
 from gpvae.plugins import METHOD_HASHES
 
@@ -35,6 +34,7 @@ NOT_NUMERICAL = {
     "__init__",
     "__main__",
     "analysis",
+    "arguments",
     "caveats",
     "cli",
     "comparison",
@@ -45,6 +45,7 @@ NOT_NUMERICAL = {
     "events",
     "findings",
     "jobs",
+    "jsonl",
     "kernel",
     "notebooks",
     "paths",
@@ -188,29 +189,34 @@ class Results:
 
     def rows(self) -> list[Row]:
         """The newest row of each name, in order of first appearance."""
-        return list({row["name"]: row for row in read_json_lines(self.path)}.values())
+        return list({row["name"]: row for row in self.stored()}.values())
 
-    def find(self, name: str) -> Row | None:
-        """The newest row of that name."""
-        return next((row for row in self.rows() if row["name"] == name), None)
+    def stored(self) -> list[Row]:
+        """All rows that were computed here, oldest first."""
+        return _rows_of(self.path)
+
+    def find(self, name: str, key: str = "") -> Row | None:
+        """The newest row of that name and key, else the newest of that name."""
+        named = [row for row in self.stored() if row["name"] == name]
+        return next((row for row in reversed(named) if row["key"] == key), (named or [None])[-1])
 
     def renew(self, name: str, key: str) -> None:
         """Make the row of that name and key the newest of its name, if there is one: runs whose
         configurations differ in something that names do not tell take turns.
         """
-        rows = [row for row in read_json_lines(self.path) if row["name"] == name]
+        rows = [row for row in self.stored() if row["name"] == name]
         same = [row for row in rows if row["key"] == key]
         if same and same[-1] is not rows[-1]:
-            append_json_line(self.path, same[-1])
+            jsonl.append(self.path, same[-1])
 
     def everything(self) -> list[Row]:
         """All rows that were ever stored, committed ones first, then oldest first."""
-        return read_json_lines(self.evidence / "rows.jsonl") + read_json_lines(self.path)
+        return _rows_of(self.evidence / "rows.jsonl") + self.stored()
 
     def append(self, row: Row, arrays: dict[str, np.ndarray]) -> None:
         """Add a row and its per-image arrays; the row comes last, so it never lacks them."""
         _save_arrays(self.arrays_path(row), arrays)
-        append_json_line(self.path, row)
+        jsonl.append(self.path, row)
 
     def arrays_path(self, row: Row) -> Path:
         """File of the row's per-image arrays."""
@@ -222,13 +228,24 @@ class Results:
 
     def has_arrays(self, row: Row) -> bool:
         """Whether the row's per-image arrays are here or committed."""
-        return self.arrays_path(row).exists() or self.committed_path(row).exists()
+        return is_whole(self.arrays_path(row)) or is_whole(self.committed_path(row))
 
     def arrays(self, row: Row) -> dict[str, np.ndarray]:
-        """Per-image arrays of a row, by name."""
-        own = self.arrays_path(row)
-        with np.load(own if own.exists() else self.committed_path(row), allow_pickle=False) as file:
-            return dict(file)
+        """Per-image arrays of a row, by name.
+
+        Raises:
+            DataError: there are none, or damaged ones.
+        """
+        own, committed = self.arrays_path(row), self.committed_path(row)
+        path = own if is_whole(own) or not is_whole(committed) else committed
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"the per-image arrays of {row['name']} cannot be read ({path}: {error}). Delete "
+                "that file and do the run again: `gpvae sweep` takes it for missing then."
+            ) from error
 
     def keep_arrays(self, rows: Sequence[Row]) -> None:
         """Copy the rows' arrays to where they are committed, and remove those of other rows."""
@@ -236,10 +253,20 @@ class Results:
         for path in set((self.evidence / "arrays").glob("*.npz")) - wanted.keys():
             path.unlink(missing_ok=True)  # another process may be at it
         for path, row in wanted.items():
-            if self.arrays_path(row).exists():
+            if is_whole(self.arrays_path(row)):
                 # The split can be made again, and its digest stands in the row.
                 kept = {k: v for k, v in self.arrays(row).items() if k != "valid_index"}
                 _save_arrays(path, {k: _single(v) for k, v in kept.items()})
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of arrays is there and was not cut short."""
+    return zipfile.is_zipfile(path)
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """The rows of a file, without lines that are none."""
+    return [row for row in jsonl.read(path) if row.keys() >= {"name", "key"}]
 
 
 def _single(array: np.ndarray) -> np.ndarray:
@@ -249,61 +276,5 @@ def _single(array: np.ndarray) -> np.ndarray:
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a compressed file atomically."""
-    with _replaced(path) as file:
+    with replaced(path) as file:
         np.savez_compressed(file, **arrays)
-
-
-def save_json_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    """Write a file with one line for each value, atomically: `read_json_lines` reads it."""
-    with _replaced(path) as file:
-        file.write("".join(json.dumps(value) + "\n" for value in values).encode())
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
-        yield file
-    os.replace(temporary, path)
-
-
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one line in a single write; a line cut short by a crash is closed first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value) + "\n"
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file, oldest first; none if it does not exist.
-
-    A line that is not JSON is what a killed process left; it is passed over, since the run that
-    wrote it is not finished and will be done again.
-
-    Raises:
-        DataError: a file that cannot be read.
-    """
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot read {path}: {error}. Delete it to compute its rows again."
-        ) from error
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

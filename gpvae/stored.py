@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from gpvae import events, paths, tables
+from gpvae import events, jsonl, paths, tables
 from gpvae.checkpoint import load_checkpoint
-from gpvae.config import RunConfig, from_dict
+from gpvae.config import RunConfig, check_names, from_dict
 from gpvae.data import Dataset
 from gpvae.errors import ConfigError, TrainingError
 from gpvae.experiment import Log, run_all, trained
@@ -25,7 +25,6 @@ from gpvae.results import (
     checkpoint_name,
     code_hash,
     not_finite,
-    save_json_lines,
 )
 from gpvae.training import load_model, with_weights
 from gpvae.vae import VAE
@@ -66,7 +65,11 @@ def find_rows(
 ) -> list[Row]:
     """The stored rows of exactly these configurations, whatever code made them; `log` is told what
     failed, what is missing and whether other code made them.
+
+    Raises:
+        ConfigError: two runs differ in something that their names do not tell.
     """
+    check_names(configs)
     known = _newest(profile)
     found = {config.name: known.get(config.hash()) for config in configs}
     rows = [row for row in found.values() if row]
@@ -110,13 +113,18 @@ def failures_of(configs: Sequence[RunConfig], profile: str) -> list[Failure]:
 def keep_evidence(plan: Profile) -> int:
     """Copy what is behind a profile's tables to `figures/<profile>/`: the rows and arrays of its
     runs, and the failures of those that have none; returns the number of rows.
+
+    Committed rows of other runs stay: they may be nowhere else.
     """
     runs, path = plan.jobs(), committed_failures_path(plan.name)
     rows = find_rows(runs, plan.name)
+    names = {row["name"] for row in rows}
+    committed = jsonl.read(paths.figures(plan.name) / "rows.jsonl")
+    rows += [row for row in committed if row["name"] not in names]
     failures = [replace(f, traceback="") for f in failures_of(runs, plan.name)]
     tables.save_rows(rows, plan.name)
     if failures:
-        save_json_lines(path, map(asdict, failures))
+        jsonl.save(path, map(asdict, failures))
     else:
         path.unlink(missing_ok=True)
     return len(rows)

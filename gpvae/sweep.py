@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import asdict, dataclass, field
 
-from gpvae import events, experiment
+from gpvae import events, experiment, jsonl
 from gpvae.config import RunConfig
 from gpvae.disk import DISK
-from gpvae.errors import GPVAEError, TrainingError
+from gpvae.errors import GPVAEError, StorageError, TrainingError
 from gpvae.jobs import Failure, Job, failures_path, survey
-from gpvae.results import Row, append_json_line, not_finite
+from gpvae.results import Row
 
 Log = Callable[[str], None]
 
 DIED = (
-    "the process that ran it died twice; most often the system killed it for lack of memory. "
-    "Run the same command again with fewer --workers."
+    "the process that ran it died twice; most often the system killed it for lack of memory: run "
+    "the same command again with fewer --workers. A script of your own needs its calls below "
+    "`if __name__ == '__main__':`, since worker processes import it."
 )
 
 
@@ -61,6 +62,7 @@ def sweep(
 
     Raises:
         DataError: the images of a job cannot be had; nothing has been started then.
+        ConfigError: two runs of a profile differ in something that their names do not tell.
     """
     jobs = survey(configs_by_profile, fresh_since)
     score = _Score(jobs, getattr(executor, "workers", 1), log, catch)
@@ -135,10 +137,8 @@ class _Score:
         """Take the row of a job, or the error that calling for it raises."""
         try:
             row = result()
-            if wrong := not_finite(row):
-                raise TrainingError(f"{job.config.name}: not a finite number: {wrong}.")
         except self.catch as error:
-            if isinstance(error, OSError) and error.errno in DISK:
+            if isinstance(error, StorageError) or getattr(error, "errno", None) in DISK:
                 raise  # the next jobs could not be stored either
             self.fail(job, error)
         else:
@@ -156,7 +156,7 @@ class _Score:
             time=time.time(),
             traceback="" if known else "".join(traceback.format_exception(error)),
         )
-        append_json_line(failures_path(job.profile), asdict(failure))
+        jsonl.append(failures_path(job.profile), asdict(failure))
         events.record(job.profile, "row", job.config.name, "failed", str(error))
         self._end(job, f"FAILED, {failure.brief}")
 

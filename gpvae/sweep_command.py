@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gpvae.arguments import positive, say
 from gpvae.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -62,17 +63,6 @@ def add_parser(subparsers: Any) -> None:
         "--list", action="store_true", help="show each run's state and compute nothing"
     )
     parser.set_defaults(run=run)
-
-
-def positive(text: str) -> int:
-    """Parse a positive whole number."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
 
 
 def select(
@@ -151,6 +141,8 @@ def _with_variations(profile: Profile, names: set[str]) -> Profile:
 
 def run(args: argparse.Namespace) -> int:
     """Run `gpvae sweep` and return its exit code."""
+    from gpvae import paths
+    from gpvae.disk import check_writable
     from gpvae.jobs import survey
     from gpvae.processes import make_executor
     from gpvae.profiles import get_profile
@@ -161,9 +153,10 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         show(survey(configs))
         return 0
+    check_writable(*(paths.results(profile.name) for profile in profiles))
     workers = args.workers or _default_workers(profiles, configs)
     with make_executor(workers) as executor:
-        outcome = sweep(configs, executor, log=_say)
+        outcome = sweep(configs, executor, log=say)
     return report(outcome)
 
 
@@ -181,14 +174,14 @@ def show(jobs: Sequence[Job]) -> None:
     from gpvae.jobs import STATES
 
     for profile in dict.fromkeys(job.profile for job in jobs):
-        _say(f"profile {profile}")
+        say(f"profile {profile}")
         for job in jobs:
             if job.profile == profile:
                 reason = f" ({job.reason})" if job.reason else ""
-                _say(f"  {job.state:<7}  {job.key}  {job.config.name}{reason}")
+                say(f"  {job.state:<7}  {job.key}  {job.config.name}{reason}")
     counts = Counter(job.state for job in jobs)
     numbers = ", ".join(f"{counts[state]} {state}" for state in STATES)
-    _say(f"{len(jobs)} jobs: {numbers}")
+    say(f"{len(jobs)} jobs: {numbers}")
 
 
 def report(outcome: Outcome) -> int:
@@ -196,13 +189,9 @@ def report(outcome: Outcome) -> int:
     from gpvae.jobs import failures_path
 
     failures = outcome.failures
-    _say(f"{len(outcome.rows)} of {len(outcome.rows) + len(failures)} jobs are done")
+    say(f"{len(outcome.rows)} of {len(outcome.rows) + len(failures)} jobs are done")
     for (profile, name), failure in failures.items():
-        _say(f"  {profile} {name}: {failure.brief}")
+        say(f"  {profile} {name}: {failure.brief}")
     for profile in dict.fromkeys(profile for profile, _ in failures):
-        _say(f"failures in full: {failures_path(profile)}")
+        say(f"failures in full: {failures_path(profile)}")
     return int(bool(failures))
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gpvae import events, paths
+from gpvae import events, jsonl, paths
 from gpvae.config import RunConfig
 from gpvae.errors import ConfigError, DataError, unknown
 from gpvae.profiles import Profile
-from gpvae.results import Results, Row, save_json_lines
+from gpvae.results import Results, Row
 from gpvae.stats import Interval, mean_interval, paired_interval
 
 LABELS = {
@@ -50,11 +50,17 @@ def by_encoder(profile: Profile, output: str, rows: Sequence[Row]) -> dict[str, 
 
 
 def check_one_version(rows: Sequence[Row]) -> None:
-    """Raise DataError if rows come from different code, or from different data of one name."""
-    for key, of in (("code_hash", lambda r: "of one table"), ("data_hash", _data_identity)):
+    """Raise DataError if rows come from different code, from different data of one name, or from
+    different sources of one method.
+    """
+    for key, of in (
+        ("code_hash", lambda row: "of one table"),
+        ("data_hash", _data_identity),
+        ("method_hash", lambda row: f"of the method {row['config']['model']['encoder']}"),
+    ):
         seen: dict[str, set[str]] = {}
         for row in rows:
-            seen.setdefault(of(row), set()).add(row[key])
+            seen.setdefault(of(row), set()).add(row.get(key, ""))
         for name, hashes in seen.items():
             if len(hashes) > 1:
                 raise DataError(
@@ -134,7 +140,7 @@ def benchmark_table(profile: Profile, results: Results, rows: Sequence[Row]) -> 
             for label, key in QUANTITIES.items():
                 line[label] = format_interval(mean_of(own, key))
             for label, key in PROPOSALS.items():
-                difference = format_interval(paired(results, own, methods["vae"], key), "+")
+                difference = format_interval(paired(results, own, methods.get("vae", []), key), "+")
                 reference = encoder == "vae" and own
                 line[f"difference to {LABELS['vae']}, {label}"] = "-" if reference else difference
             best, difference = least(differences(results, methods, encoder, "log_likelihood"))
@@ -269,6 +275,6 @@ def save_rows(rows: Sequence[Row], profile: str) -> None:
     nothing else. `gpvae.stored` reads both.
     """
     rows = sorted(rows, key=lambda row: row["name"])
-    save_json_lines(paths.figures(profile) / "rows.jsonl", rows)  # some may be nowhere else
+    jsonl.save(paths.figures(profile) / "rows.jsonl", rows)  # some may be nowhere else
     Results(profile).keep_arrays(rows)
     events.record(profile, "table", "rows", "made")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gpvae.reproduce import literal
+from gpvae.arguments import assignment, collected, say
 
 STORE = "single"  # the profile name under which single runs are kept
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         dest="values",
         nargs="+",
         action="extend",
-        type=configuration,
+        type=assignment,
         default=[],
         metavar="KEY=VALUE",
         help="set any configuration key, such as model.gp.features=200",
@@ -40,19 +40,12 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def configuration(text: str) -> tuple[str, Any]:
-    """Parse `dotted.key=value`."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, literal(value)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run `gpvae train` and return its exit code."""
     import time
 
-    from gpvae.errors import ConfigError
+    from gpvae import paths
+    from gpvae.disk import check_writable
     from gpvae.experiment import run as run_config
     from gpvae.profiles import get_profile
     from gpvae.results import Results
@@ -63,13 +56,12 @@ def run(args: argparse.Namespace) -> int:
         "model.output": args.output,
         "seed": args.seed,
     }
-    values = {key: value for key, value in named.items() if value is not None}
-    for key, value in args.values:
-        if values.setdefault(key, value) != value:
-            raise ConfigError(f"{key} is given as {values[key]!r} and as {value!r}; give one.")
+    named = {key: value for key, value in named.items() if value is not None}
+    values = collected([*named.items(), *args.values])
     config = get_profile(args.profile).base.override(values)
     print(f"{config.name} (configuration {config.hash()})", flush=True)
-    row = run_config(config, STORE, time.time() if args.force else 0.0, log=_say)
+    check_writable(paths.results(STORE))
+    row = run_config(config, STORE, time.time() if args.force else 0.0, log=say)
     print(
         f"best validation ELBO {row['valid_elbo']:.2f} nats at epoch {row['best_epoch']} "
         f"of {row['epochs']}, {row['seconds']['train']:.1f} s of training on {row['device']}"
@@ -85,7 +77,3 @@ def run(args: argparse.Namespace) -> int:
             print(f"{config.evaluation.part} {label}: {value}")
     print(f"row: {Results(STORE).path}")
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

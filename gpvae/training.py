@@ -84,7 +84,7 @@ def pick_device(name: str) -> torch.device:
     """The device that a configuration asks for; "auto" is cuda if there is one.
 
     Raises:
-        ConfigError: cuda without a usable GPU, or an unknown name.
+        ConfigError: cuda without a usable GPU, or an unknown or malformed name.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +92,10 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(unknown("device", name, ("auto", "cpu", "cuda")))
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for, but torch sees no GPU; use 'auto'.")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} is no device; expected such as 'cpu' or 'cuda:0'.") from error
 
 
 def train(

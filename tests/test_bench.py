@@ -12,12 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpvae
-from gpvae import cli, paths
+from gpvae import cli, jsonl, paths
 from gpvae.bench import choices, floor, memory, models, peers, report
 from gpvae.bench.command import SECTIONS
 from gpvae.bench.measure import Bench, compare, facts, missing, row, training_step
 from gpvae.config import METHODS
-from gpvae.results import code_hash, read_json_lines
+from gpvae.results import code_hash
 
 KEYS = set(row("section", "case"))
 
@@ -193,7 +193,7 @@ def test_rows_table_and_figure_are_saved(project_root, bench, monkeypatch):
     assert {p.name for p in folder.iterdir()} == {
         "rows.jsonl", "speed.csv", "speed.md", "speed_cpu.pdf", "speed_cpu.png",
     }  # fmt: skip
-    rows = read_json_lines(folder / "rows.jsonl")
+    rows = jsonl.read(folder / "rows.jsonl")
     assert all(each.keys() == KEYS | {"facts"} for each in rows)
     assert rows[0]["facts"]["versions"]["torch"] == torch.__version__
     assert rows[0]["facts"]["code_hash"] == code_hash()
@@ -208,7 +208,7 @@ def test_a_section_that_fails_keeps_the_earlier_ones(project_root, monkeypatch):
     monkeypatch.setattr(memory, "memory", fails)
     monkeypatch.setattr(floor, "floor", lambda bench: [row("floor", "x", value=2.0)])
     assert run("--only", "floor", "memory", "--save") == 130
-    rows = read_json_lines(paths.figures("bench") / "rows.jsonl")
+    rows = jsonl.read(paths.figures("bench") / "rows.jsonl")
     assert [each["case"] for each in rows] == ["x"]
 
 
@@ -217,7 +217,7 @@ def test_saving_keeps_what_was_not_measured_now(project_root, bench):
     report.save([row("memory", "x", value=1.0), row("floor", "y", value=1.0)], old)
     report.save([row("memory", "x", value=2.0), row("floor", "y", value=2.0)], here)
     report.save([row("memory", "x", value=3.0)], here)
-    rows = read_json_lines(paths.figures("bench") / "rows.jsonl")
+    rows = jsonl.read(paths.figures("bench") / "rows.jsonl")
     found = [(r["facts"]["device"], r["case"], r["value"]) for r in rows]
     assert sorted(found) == [
         ("cpu", "x", 3.0),

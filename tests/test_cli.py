@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpvae import cli, disk, reproduce
+from gpvae import arguments, cli, disk, reproduce
 from gpvae.errors import CheckpointError, ConfigError, DataError, NotebookError, TrainingError
 
 
@@ -65,6 +65,10 @@ def test_unknown_profile_is_misuse_without_a_traceback():
         ["reproduce", "--prof", "smoke"],
         ["reproduce", "-p", "seeds"],
         ["reproduce", "-p", "a b=3"],
+        ["reproduce", "-p", "a=1", "a=2"],
+        ["data", "fetch", "digits", "--rep"],
+        ["bench", "--threads", "0"],
+        ["train", "--set", "training.device=cpu:x"],
         ["reproduce", "--cell-timeout", "soon"],
         ["reproduce", "--cell-timeout", "-5"],
         ["reproduce", "--only"],
@@ -114,7 +118,7 @@ def test_defaults(outcome):
     ],
 )
 def test_parameter_values(text, value):
-    assert reproduce.assignment(text) == ("a", value)
+    assert arguments.assignment(text) == ("a", value)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def test_unknown_key_in_a_stored_configuration():
         ("training.schedule", "cos", "unknown schedule 'cos'"),
         ("evaluation.part", "tset", "Did you mean 'test'"),
         ("model.gp.bound", "margin", "unknown bound 'margin'"),
+        ("seed", -1, "seed is -1; expected a number from 0"),
+        ("data.seed", 2**64, "data.seed is 18446744073709551616; expected a number from 0"),
         ("training.average", 1.0, r"training\.average is 1\.0; expected 0 <= it < 1"),
         ("training.kl_warmup", -1, "kl_warmup is -1; expected 0 epochs or more"),
     ],
@@ -135,7 +137,7 @@ def test_runs_of_one_name_that_differ_are_refused():
     """Widths are not in a run's name, so they cannot share a profile."""
     widths = tuple({"model.encoder": "vae", "model.hidden": (width,)} for width in (5, 7))
     profile = gpvae.Profile("t", RunConfig(), seeds=(0,), variations={"width": widths})
-    with pytest.raises(ConfigError, match=r"d10-nall-vae-s0 and differ: model\.hidden"):
+    with pytest.raises(ConfigError, match=r"d10-nall-vae-s0 and differ: model\.hidden.*5"):
         profile.jobs()
     gaps = ({"model.encoder": "vae", "evaluation.gaps": False},)
     profile = gpvae.Profile("t", RunConfig(), seeds=(0,), variations={"gaps": gaps})

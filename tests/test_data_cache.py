@@ -162,6 +162,31 @@ def test_damaged_image_is_named_and_skipped_only_on_request(tmp_path: Path) -> N
         read(found)
 
 
+def test_a_build_that_is_killed_at_its_very_end_is_not_begun_anew(tmp_path, monkeypatch) -> None:
+    found = make_set(tmp_path / "in")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            read(found)
+    with counted_blocks() as blocks:
+        raw = read(found)
+    assert blocks == [] and len(raw.train) == 15
+    assert left_in(found) == {"cache-64x64"}
+    assert not (celeba.make_plan(found).folder / "journal.jsonl").exists()
+
+
+def test_what_a_plugin_prints_is_no_report_of_a_worker(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "noisy.py").write_text("print('here I am')")
+    monkeypatch.setenv("GPVAE_PLUGINS", "noisy")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(read(make_set(tmp_path / "in")).train) == 15
+    assert "here I am" in capsys.readouterr().err
+
+
 def test_missing_image_is_named(tmp_path: Path) -> None:
     found = make_set(tmp_path / "in", archive=False)
     (found[celeba.FOLDER] / "000003.jpg").unlink()

@@ -241,6 +241,28 @@ def test_list(root: Path, small: Source, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.count("\n") == len(SOURCES)
 
 
+def test_a_file_that_cannot_be_read_is_said_in_its_line(
+    root: Path, small: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, data in IDX.items():
+        put(root, f"mnist/{name}", data)
+
+    def broken(path: Path, kind: str) -> str:
+        raise DataError(f"cannot read {path}")
+
+    monkeypatch.setattr(locate, "file_sum", broken)
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    assert "unreadable: cannot read" in out and "present (built in)" in out
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPVAE_DATA", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="a file; expected the folder that holds the sets"):
+        places.data_root()
+
+
 def test_verify(root: Path, small: Source, capsys: pytest.CaptureFixture[str]) -> None:
     for name, data in IDX.items():
         put(root, f"mnist/{name}", data)

@@ -52,6 +52,18 @@ def test_a_plugin_that_is_not_there_is_named(tmp_path):
     ended = command(tmp_path, "sweep", "--profile", "smoke", "--list")
     assert ended.returncode != 0
     assert "GPVAE_PLUGINS names 'my_methods', which cannot be imported" in ended.stderr
+    (tmp_path / "my_methods.py").write_text("1 / 0")
+    told = command(tmp_path, "--version").stderr
+    assert "'my_methods', which cannot be imported (ZeroDivisionError: division by zero)" in told
+
+
+def test_a_method_without_a_source_is_refused(registry):
+    """A change of it could not be seen."""
+    namespace = {"VAE": gpvae.VAE, "__name__": "nowhere"}
+    exec("class Mine(VAE): pass", namespace)
+    with pytest.raises(ConfigError, match="source of the method's class Mine cannot be read"):
+        plugins.register("mine", namespace["Mine"])
+    assert "mine" not in plugins.METHOD_HASHES
 
 
 def test_a_registered_method_has_label_colour_and_a_hash_of_its_own(registry, project_root, config):

@@ -14,10 +14,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import gpvae
-from gpvae import paths
+from gpvae import jsonl, paths
 from gpvae.analysis import search_table
 from gpvae.config import METHODS
-from gpvae.results import read_json_lines
 from gpvae.tables import LABELS, MISSING
 
 ROOT = paths.CHECKOUT
@@ -120,7 +119,7 @@ def test_every_interval_stands_in_a_table_that_its_part_links(folder, least):
 @pytest.mark.parametrize("name", ["cpu/mnist", "rivals"])
 def test_settings_are_what_the_committed_search_chose(name):
     plan, encoders = gpvae.get_profile(name), {label: key for key, label in LABELS.items()}
-    rows = read_json_lines(ROOT / "figures" / name / "rows.jsonl")
+    rows = jsonl.read(ROOT / "figures" / name / "rows.jsonl")
     lines = search_table(plan, rows, ()).to_dict("records")
     assert len(lines) == len(METHODS[1:]) * len({line["output"] for line in lines})
     for line in lines:

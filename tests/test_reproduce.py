@@ -124,6 +124,15 @@ def test_success(folder, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")  # nothing from papermill, nbclient or the kernel
 
 
+def test_an_event_after_a_torn_line_is_not_lost(project_root):
+    events.record("t", "row", "a", "made")
+    with events.log("t").open("ab") as file:
+        file.write(b'{"kind": "row", "na')
+    for name in "bc":
+        events.record("t", "row", name, "made")
+    assert [event.name for event in events.read("t")[0]] == ["a", "b", "c"]
+
+
 def test_events_of_earlier_notebooks_and_runs_are_not_repeated(folder):
     write(
         folder, "01_first", "from gpvae.events import record; record(profile, 'row', 'a', 'made')"

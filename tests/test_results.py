@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import gpvae
-from gpvae import events, experiment, paths, results
+from gpvae import events, experiment, jobs, jsonl, paths, results
 from gpvae.data import digest
-from gpvae.errors import DataError, TrainingError
+from gpvae.errors import ConfigError, DataError, TrainingError
 from gpvae.experiment import run, run_all
 from gpvae.gaps import decompose
 from gpvae.refine import study
-from gpvae.results import Results, append_json_line, read_json_lines
+from gpvae.results import Results
 from gpvae.search import SearchOptions
+from gpvae.stored import find_rows
 
 
 def test_row_holds_everything_that_made_it(project_root, config, lines):
@@ -29,6 +30,7 @@ def test_row_holds_everything_that_made_it(project_root, config, lines):
     assert row["config_hash"] == config.hash()
     assert row["data_hash"] == experiment.load_data(config).hash
     assert row["code_hash"] == results.code_hash()
+    assert row["code_digest"] == results.code_digest()
     assert row["seed"] == config.seed and row["device"]
     assert {"torch", "numpy", "gpvae", "python"} <= set(row["versions"])
     assert row["log_likelihood"]["samples"] == 10 and row["log_likelihood"]["n"] == 12
@@ -140,33 +142,93 @@ def test_failing_run_does_not_stop_the_others(project_root, config):
 
 def test_line_cut_by_a_crash_is_passed_over_and_closed(tmp_path):
     path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"a": 1})
+    jsonl.append(path, {"a": 1})
     with open(path, "a") as file:
         file.write('{"a": 2, "b')
-    assert read_json_lines(path) == [{"a": 1}]
-    append_json_line(path, {"a": 3})
-    assert read_json_lines(path) == [{"a": 1}, {"a": 3}]
+    assert jsonl.read(path) == [{"a": 1}]
+    jsonl.append(path, {"a": 3})
+    assert jsonl.read(path) == [{"a": 1}, {"a": 3}]
 
 
 def test_lines_of_several_processes_do_not_mix(tmp_path):
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from gpvae.results import append_json_line\n"
+        "import sys; from pathlib import Path; from gpvae import jsonl\n"
         "for i in range(100):\n"
-        "    append_json_line(Path(sys.argv[1]), {'p': sys.argv[2], 'i': i, 'x': 'y' * 3000})"
+        "    jsonl.append(Path(sys.argv[1]), {'p': sys.argv[2], 'i': i, 'x': 'y' * 3000})"
     )
     children = [subprocess.Popen([sys.executable, "-c", code, path, name]) for name in "ab"]
     assert [child.wait() for child in children] == [0, 0]
-    rows = read_json_lines(path)
+    rows = jsonl.read(path)
     for name in "ab":
         assert [row["i"] for row in rows if row["p"] == name] == list(range(100))
 
 
 def test_unreadable_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="cannot read"):
-        read_json_lines(path)
+    path.write_bytes(b'\xff\xfe\n5\n[1]\n{"a": 1}\n')  # damaged lines take no others along
+    assert jsonl.read(path) == [{"a": 1}]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*move it away"):
+        jsonl.read(path)
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    jsonl.save(path, [{"a": 1}])
+    with pytest.raises(TypeError):
+        jsonl.save(path, [{"a": object()}])
+    assert jsonl.read(path) == [{"a": 1}] and list(tmp_path.iterdir()) == [path]
+
+
+def test_arrays_that_were_cut_short_are_damaged_and_made_again(project_root, config, lines):
+    row = run(config, "t", log=lines.append)
+    store = Results("t")
+    path = store.arrays_path(row)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert not store.has_arrays(row)
+    with pytest.raises(DataError, match=rf"{row['name']} cannot be read .*do the run again"):
+        store.arrays(row)
+    again = run(config, "t", log=lines.append)
+    assert "computed again (its per-image arrays are missing or damaged)" in lines[-1]
+    assert store.arrays(again)["elbo"].shape == (12,)
+
+
+def test_an_estimate_that_is_no_number_fails_the_run_and_is_made_again(
+    project_root, config, monkeypatch
+):
+    original = experiment.evaluate
+
+    def broken(model, x, config):
+        estimates, arrays = original(model, x, config)
+        nan = estimates["elbo"].value * float("nan")
+        return estimates | {"elbo": gpvae.Estimate(nan, nan, 10)}, arrays
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate", broken)
+        with pytest.raises(TrainingError, match=r"not a finite number: elbo\. .*learning_rate"):
+            run(config, "t")
+    row = run(config, "t", log=lambda line: None)
+    assert np.isfinite(row["elbo"]["mean"]) and Results("t").rows() == [row]
+
+
+def test_a_row_with_another_newest_of_its_name_is_done_all_the_same(project_root, config):
+    other = config.override(**{"training.learning_rate": 1e-4})
+    first, _ = run(config, "t"), run(other, "t")
+    data = experiment.load_data(config)
+    assert experiment.status_of(Results("t"), config, data, 0.0) == ("reused", "")
+    assert jobs.survey({"t": [config]})[0].state == "done"
+    assert run(config, "t") == first
+
+
+def test_runs_that_names_do_not_tell_apart_are_not_taken_for_each_other(project_root, config):
+    other = config.override(**{"training.learning_rate": 1e-4})
+    with pytest.raises(ConfigError, match=r"differ: training\.learning_rate: .* -> 0\.0001"):
+        run_all([config, other], "t", workers=1)
+    with pytest.raises(ConfigError, match="Rows are told apart by name"):
+        find_rows([config, other], "t")
 
 
 def test_code_hash_ignores_comments_and_docstrings_only(tmp_path, monkeypatch):
@@ -306,7 +368,7 @@ def test_committed_evidence_is_read_only_where_nothing_is_stored(project_root):
     store.keep_arrays([row])  # nothing here to copy from: the committed file stays
     assert store.has_arrays(row)
 
-    append_json_line(paths.figures("t") / "rows.jsonl", {"name": "b", "key": "2"})
+    jsonl.append(paths.figures("t") / "rows.jsonl", {"name": "b", "key": "2"})
     assert [r["name"] for r in store.everything()] == ["b", "a"]
     assert [r["name"] for r in store.rows()] == ["a"] and store.find("b") is None
     store.keep_arrays([])

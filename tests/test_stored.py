@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from rows import fake_row, store_rows
 
 import gpvae
-from gpvae import experiment, paths, results, stored
+from gpvae import experiment, jsonl, paths, results, stored
 from gpvae.events import describe, read
 from gpvae.experiment import load_data, run_all
 from gpvae.jobs import Failure, committed_failures_path, failures_path
-from gpvae.results import Results, append_json_line
+from gpvae.results import Results
 from gpvae.stored import history_of, keep_evidence, model_of, rows_of
 from gpvae.tables import save_rows
 
@@ -40,6 +40,19 @@ def test_keeping_the_evidence_does_not_say_that_it_was_reused(project_root, conf
     rows_of(plan.runs(), "t", workers=1, log=lines.append)
     assert stored.keep_evidence(plan) == 1
     assert [e.status for e in read("t")[0] if e.kind == "row"] == ["made"]
+
+
+def test_committed_rows_of_other_runs_stay(project_root):
+    """They may be nowhere else: other seeds and a row whose arrays were lost are not dropped."""
+    plan = gpvae.Profile("t", gpvae.RunConfig(), encoders=("vae",), outputs=("gaussian",))
+    store = store_rows("t", [fake_row("vae", seed, [1.0, 2.0]) for seed in range(5)])
+    assert stored.keep_evidence(plan) == 5
+    shutil.rmtree(paths.results("t"))
+    rows = store.everything()
+    store.committed_path(rows[4]).unlink()
+    assert stored.keep_evidence(replace(plan, seeds=(0, 1))) == 5
+    assert [row["seed"] for row in store.everything()] == [0, 1, 2, 3, 4]
+    assert [store.has_arrays(row) for row in rows] == [True] * 4 + [False]
 
 
 def test_missing_runs_are_named_and_code_that_differs_is_said(project_root, lines, nothing_trains):
@@ -137,7 +150,7 @@ def test_failures_are_named_and_committed_with_the_rows(project_root, lines, not
         failure(failed, traceback="a path"),
         failure(other, config_hash="of another configuration"),
     ):
-        append_json_line(failures_path("t"), asdict(entry))
+        jsonl.append(failures_path("t"), asdict(entry))
     assert keep_evidence(plan) == 1
     shutil.rmtree(paths.results("t"))
     (kept,) = stored.failures_of(plan.runs(), "t")

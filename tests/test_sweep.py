@@ -10,9 +10,11 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 
 import light
 import pytest
+import torch
 
-from gpvae import cli, events, experiment, jobs, profiles, results, sweep_command
-from gpvae.errors import ConfigError, TrainingError
+from gpvae import cli, events, experiment, jobs, jsonl, profiles, results, sweep_command
+from gpvae.errors import ConfigError, StorageError, TrainingError
+from gpvae.evaluate import Estimate
 from gpvae.processes import Processes
 from gpvae.results import Results
 from gpvae.sweep import Pace, duration, sweep
@@ -38,11 +40,6 @@ def tiny(base, monkeypatch):
     )
     monkeypatch.setitem(profiles.PROFILES, "tiny", profile)
     return profile
-
-
-@pytest.fixture
-def lines():
-    return []
 
 
 def fake_row(job_config):
@@ -111,12 +108,17 @@ def test_done_jobs_are_skipped(base, lines, monkeypatch):
 def test_a_row_that_is_not_finite_is_a_failure(base, lines, monkeypatch):
     (row,) = sweep({"a": [base]}, log=lines.append).rows.values()
     bad = row | {"elbo": row["elbo"] | {"mean": float("nan")}}
-    results.append_json_line(Results("a").path, bad)
+    jsonl.append(Results("a").path, bad)
     assert [job.state for job in jobs.survey({"a": [base]})] == ["missing"]
-    outcome = sweep({"a": [base]}, log=lines.append)
-    assert not outcome.rows and "not a finite number: elbo" in lines[-1]
+    nan = torch.full((12,), float("nan"))
+    with monkeypatch.context() as patch:
+        broken = {"elbo": Estimate(nan, nan, 10), "log_likelihood": Estimate(nan + 1, nan, 10)}
+        patch.setattr(experiment, "evaluate", lambda *_: (broken, {}))
+        outcome = sweep({"a": [base]}, log=lines.append)
+    assert not outcome.rows and "not a finite number: elbo, log_l" in lines[-1]
     (job,) = jobs.survey({"a": [base]})
     assert job.state == "failed" and "elbo" in job.reason
+    assert sweep({"a": [base]}, log=lines.append).rows  # made again, with a number this time
 
 
 def test_failing_job_is_recorded_and_the_others_are_done(base, lines):
@@ -144,6 +146,8 @@ def test_defect_keeps_its_traceback_and_a_full_disk_ends_the_sweep(base, lines, 
     assert "stand_in" in jobs.read_failures("a")[base.name].traceback
     with pytest.raises(OSError, match="full"):
         run(OSError(28, "full"))
+    with pytest.raises(StorageError, match="cannot write"):
+        run(StorageError("cannot write checkpoint.pt"))
 
 
 def test_later_success_makes_a_failure_obsolete(base, lines, monkeypatch):
@@ -166,13 +170,13 @@ def test_later_success_makes_a_failure_obsolete(base, lines, monkeypatch):
     row = outcome.rows["a", base.name]
     Results("a").arrays_path(row).unlink()
     (job,) = jobs.survey({"a": [base]})
-    assert (job.state, job.reason) == ("stale", "its per-image arrays are missing")
+    assert (job.state, job.reason) == ("stale", "its per-image arrays are missing or damaged")
     assert jobs.read_failures("a")[base.name].message == "for now\nsecond line"
 
 
 def test_damaged_failures_are_passed_over(base):
     path = jobs.failures_path("a")
-    results.append_json_line(path, {"name": base.name, "of another": "version"})
+    jsonl.append(path, {"name": base.name, "of another": "version"})
     with open(path, "a") as file:
         file.write('{"name": "cut')
     assert jobs.read_failures("a") == {}
@@ -301,7 +305,7 @@ def test_list_shows_states_and_computes_nothing(tiny, base, capsys):
     bad = tiny.variation("flows")[0]
     key = results.run_key(bad, experiment.load_data(bad).hash)
     failure = jobs.Failure(bad.name, key, bad.hash(), "MemoryError", "too much", time.time())
-    results.append_json_line(jobs.failures_path("tiny"), vars(failure))
+    jsonl.append(jobs.failures_path("tiny"), vars(failure))
     rows = Results("tiny").path.read_text()
     assert cli.main(["sweep", "--profile", "tiny", "--outputs", "gaussian", "--list"]) == 0
     out = capsys.readouterr().out
@@ -350,3 +354,13 @@ def test_sweep_needs_neither_jupyter_nor_papermill_nor_plots(tiny):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("16 jobs: 0 done, 0 stale, 0 failed, 16 missing\n")
+
+
+@pytest.mark.parametrize("arguments", [["sweep", "--profile", "smoke"], ["train"]])
+def test_a_folder_that_cannot_be_is_said_before_anything_is_trained(
+    arguments, project_root, monkeypatch, capsys
+):
+    (project_root / "results").write_text("a file")
+    monkeypatch.setattr(experiment, "run", None)  # would fail if called
+    assert cli.main(arguments) == 1
+    assert "cannot write to" in (said := capsys.readouterr().err) and "GPVAE_ROOT" in said

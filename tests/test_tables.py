@@ -237,6 +237,9 @@ def test_rows_of_different_versions_are_refused(stored):
         check_one_version([*rows, fake_row("vae", 2, [1.0], row={"code_hash": "other"})])
     with pytest.raises(DataError, match="data_hash"):
         check_one_version([*rows, fake_row("vae", 2, [1.0], row={"data_hash": "other"})])
+    check_one_version([*rows, fake_row("iaf", 2, [1.0], row={"method_hash": "one"})])
+    with pytest.raises(DataError, match="rows of the method vae have 2 different values"):
+        check_one_version([*rows, fake_row("vae", 2, [1.0], row={"method_hash": "other"})])
 
 
 def test_select_follows_the_runs_and_leaves_out_what_is_missing(stored):

@@ -14,7 +14,7 @@ import gpvae
 from gpvae import training
 from gpvae.checkpoint import State, load_checkpoint, save_checkpoint
 from gpvae.data import Images
-from gpvae.errors import CheckpointError, ConfigError, DataError, TrainingError
+from gpvae.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
 from gpvae.training import load_model, train
 
 ENCODERS = sorted(training.MODELS)
@@ -214,7 +214,7 @@ def test_full_disk_keeps_the_last_checkpoint(blobs, tiny_config, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         save_checkpoint(path, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
@@ -222,7 +222,7 @@ def test_full_disk_keeps_the_last_checkpoint(blobs, tiny_config, tmp_path, monke
 
 def test_unwritable_folder(tiny_config, blobs, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(StorageError, match="cannot write"):
         train(tiny_config, blobs, tmp_path / "file" / "run")
 
 

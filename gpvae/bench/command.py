@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gpvae.arguments import positive
+
 # What each section measures is in the module named here.
 SECTIONS = {
     "floor": "gpvae.bench.floor",
@@ -34,10 +36,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
     parser.add_argument(
-        "--threads", type=count, default=1, metavar="N", help="CPU threads (%(default)s)"
+        "--threads", type=positive, default=1, metavar="N", help="CPU threads (%(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=count, metavar="N", help="turns of each comparison (default: 15)"
+        "--repeats", type=positive, metavar="N", help="turns of each comparison (default: 15)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny networks and 2 turns: numbers mean nothing"
@@ -52,13 +54,6 @@ def add_parser(subparsers: Any) -> None:
         "--save", action="store_true", help="write figures/bench/: rows, table and figure"
     )
     parser.set_defaults(run=run)
-
-
-def count(text: str) -> int:
-    """Parse a positive whole number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpvae import paths
+from gpvae import jsonl, paths
 from gpvae.bench.measure import Row
 from gpvae.config import METHODS
-from gpvae.results import read_json_lines, save_json_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,9 +108,9 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     new = [row | {"facts": dict(facts)} for row in rows]
     measured = {key(row) for row in new}
-    kept = [row for row in read_json_lines(folder / "rows.jsonl") if key(row) not in measured]
+    kept = [row for row in jsonl.read(folder / "rows.jsonl") if key(row) not in measured]
     everything = sorted([*kept, *new], key=lambda row: place(row["facts"]))
-    save_json_lines(folder / "rows.jsonl", everything)
+    jsonl.save(folder / "rows.jsonl", everything)
     tables.save_table(table(everything), NAME, PROFILE)
     here = [row for row in everything if place(row["facts"]) == place(facts)]
     if drawn := [row for row in here if row["section"] in DRAWN and row["ratio"] is not None]:

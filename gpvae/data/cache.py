@@ -125,7 +125,7 @@ def ensure(
     if cache is None:
         raise DataError(f"{plan.folder} was built but cannot be opened. Delete it and try again.")
     accepted = plan.folder / "damaged-images-are-left-out"
-    if cache.bad and skip_bad:
+    if cache.bad and skip_bad and not accepted.exists():
         with writing(plan.folder, VARIABLE):
             accepted.touch()
     if cache.bad and not accepted.exists():
@@ -182,10 +182,11 @@ def _build(plan: Plan, skip_bad: bool, processes: int | None, block: int, progre
     bad = {row: reason for line in done.values() for row, reason in line["bad"]}
     meta = {"plan": plan.recorded(), "sha256": file_sum(array, "sha256"), "bad": bad}
     (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "journal.jsonl").unlink()
     if plan.folder.exists():  # of another plan, or damaged
         shutil.rmtree(plan.folder)
     folder.rename(plan.folder)
+    # Last: with its journal a build that is killed here is not begun anew.
+    (plan.folder / "journal.jsonl").unlink(missing_ok=True)
 
 
 def _open_build(plan: Plan, block: int) -> tuple[Path, int]:

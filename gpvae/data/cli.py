@@ -15,24 +15,31 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "data",
         help="list, fetch and verify the data sets",
         description="Data sets are looked for under GPVAE_DATA, else in a per-user folder.",
+        allow_abbrev=False,
     )
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
 
-    action = actions.add_parser("list", help="what exists, where it is looked for, what is present")
+    action = actions.add_parser(
+        "list", allow_abbrev=False, help="what exists, where it is looked for, what is present"
+    )
     action.add_argument("--files", action="store_true", help="also files, sums, addresses, notes")
     action.add_argument("--json", action="store_true", help="print one JSON object per set")
     action.set_defaults(run=run_list)
 
-    action = actions.add_parser("fetch", help="download data sets")
+    action = actions.add_parser("fetch", allow_abbrev=False, help="download data sets")
     action.add_argument("names", nargs="+", metavar="NAME")
     action.add_argument("--replace", action="store_true", help="replace files with a wrong sum")
     action.set_defaults(run=run_fetch)
 
-    action = actions.add_parser("verify", help="check sums, read everything, count")
+    action = actions.add_parser(
+        "verify", allow_abbrev=False, help="check sums, read everything, count"
+    )
     action.add_argument("names", nargs="*", metavar="NAME", help="default: all that are present")
     action.set_defaults(run=run_verify)
 
-    action = actions.add_parser("cache", help="build the resized images of a large set")
+    action = actions.add_parser(
+        "cache", allow_abbrev=False, help="build the resized images of a large set"
+    )
     action.add_argument("name", nargs="?", default="celeba", metavar="NAME")
     action.add_argument("--skip-corrupt", action="store_true", help="leave out damaged images")
     action.set_defaults(run=run_cache)

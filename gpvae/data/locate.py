@@ -161,6 +161,14 @@ def state(source: Source, limit: int = LIST_LIMIT) -> State:
     except DataError:
         there = {n for layout in source.layouts for n in found_files(source, layout)}
         return State(False, f"incomplete: only {', '.join(sorted(there))}" if there else "absent")
+    try:
+        return _state_of(source, found, limit)
+    except DataError as error:
+        return State(False, f"unreadable: {error}")
+
+
+def _state_of(source: Source, found: dict[str, Path], limit: int) -> State:
+    """`state` of a data set whose files are there."""
     files = {f.name: f for layout in source.layouts for f in layout if f.name in found}
     size = sum(path.stat().st_size for path in found.values() if path.is_file())
     many = f"{len(found)} file{'s' if len(found) > 1 else ''}, {size / 1e6:,.1f} MB"

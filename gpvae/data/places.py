@@ -8,11 +8,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gpvae.errors import DataError
+
 
 def data_root() -> Path:
-    """Folder that holds one subfolder for each data set."""
+    """Folder that holds one subfolder for each data set.
+
+    Raises:
+        DataError: GPVAE_DATA is a file.
+    """
     given = os.environ.get("GPVAE_DATA")
-    return Path(given).expanduser().absolute() if given else user_cache()
+    root = Path(given).expanduser().absolute() if given else user_cache()
+    if root.is_file():
+        raise DataError(f"GPVAE_DATA is {root}, a file; expected the folder that holds the sets.")
+    return root
 
 
 def cache_root() -> Path:

@@ -40,7 +40,10 @@ def results(module: str, jobs: list[dict]) -> Iterator[dict]:
             if text is None:
                 running -= 1
                 continue
-            line = json.loads(text)
+            line = _parse(text)
+            if line is None:
+                sys.stderr.write(text)  # what a plugin prints when it is imported
+                continue
             if "error" in line:
                 raise DataError(line["error"])
             yield line
@@ -68,6 +71,15 @@ def start(module: str, job: dict) -> subprocess.Popen[str]:
         worker.stdin.write(json.dumps(job))
         worker.stdin.close()
     return worker
+
+
+def _parse(text: str) -> dict | None:
+    """A worker's report; None for other text."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _relay(worker: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
