@@ -11,7 +11,9 @@ from rows import fake_row, store_rows
 import gpvae
 from gpvae import comparison
 from gpvae.errors import DataError
+from gpvae.results import Results
 from gpvae.stats import Interval
+from gpvae.tables import save_rows
 
 
 def block(**values):
@@ -149,3 +151,11 @@ def test_blocks_of_several_versions_are_refused(project_root):
     store_rows("rivals", rows)
     with pytest.raises(DataError, match="code_hash"):
         comparison.blocks([gpvae.get_profile("rivals")], "log_likelihood")
+
+
+def test_evidence_is_that_of_the_committed_profiles_with_every_method(project_root):
+    assert comparison.evidence_profiles() == []
+    for name in ("rivals", "cpu/frey", "digits", "regimes"):
+        store_rows(name, [fake_row("vae", 0, [1.0])])
+        save_rows(Results(name).rows(), name)
+    assert [plan.name for plan in comparison.evidence_profiles()] == ["rivals", "cpu/frey"]

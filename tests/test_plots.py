@@ -187,3 +187,28 @@ def test_one_image_does_not_flatten_all_others(ax):
     assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "symlog")
     low, middle, high = ax.transData.transform([(0, 0), (0, 99), (0, 4.5e5)])[:, 1]
     assert middle - low > 0.4 * (high - low)
+
+
+def test_the_front_of_bounds_and_costs_is_drawn_as_steps_and_what_lacks_is_named(ax):
+    points = {"vae": (1.0, known(0.0)), "gpvae": (1.8, known(-1.0)), "savae": (30.0, known(5.0))}
+    plots.cost_front(ax, points, ["vae", "savae"], ["iaf", "hf"])
+    assert texts(ax) == ["missing: IAF, HF"]
+    bars, dots = ax.lines[0:6:2], ax.lines[1:6:2]
+    assert [line.get_label() for line in dots] == ["VAE", "GPVAE", "SA-VAE"]
+    assert [line.get_xydata()[0].tolist() for line in dots] == [[1, 0], [1.8, -1], [30, 5]]
+    assert bars[2].get_xydata().tolist() == pytest.approx(np.array([[30, 4.9], [30, 5.1]]))
+    step = ax.lines[6]
+    assert step.get_drawstyle() == "steps-post" and step.get_xydata().tolist() == [[1, 0], [30, 5]]
+    assert ax.get_xscale() == "log"
+
+
+def test_a_front_without_points_is_missing(ax):
+    plots.cost_front(ax, {}, [])
+    assert texts(ax) == ["missing"] and not ax.lines
+
+
+def test_every_block_of_ranks_is_drawn_however_many(ax):
+    plots.rank_lines(
+        ax, {"vae": 1.0, "iaf": 2.0}, {str(i): {"vae": 1, "iaf": 2} for i in range(12)}
+    )
+    assert len(ax.lines) == 2 + 12
