@@ -207,3 +207,11 @@ def test_modules_and_names_are_found_and_listed():
     with pytest.raises(AttributeError, match="Did you mean 'log_likelihood'"):
         _ = gpvae.log_liklihood
     assert not hasattr(gpvae, "nothing")
+
+
+@pytest.mark.parametrize("rows", sorted((ROOT / "figures").glob("**/rows.jsonl")), ids=str)
+def test_committed_arrays_are_those_of_the_committed_rows(rows):
+    """Every row has its own, and none is left of rows that were made again."""
+    names = {f"{row['name']}-{row['key']}.npz" for row in jsonl.read(rows) if "name" in row}
+    folder = rows.parent / "arrays"
+    assert {path.name for path in folder.glob("*")} == names
