@@ -210,7 +210,7 @@ def test_full_disk_keeps_the_last_checkpoint(blobs, tiny_config, tmp_path, monke
     before = path.read_bytes()
 
     def full(content, target):
-        target.write_bytes(b"half")
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
