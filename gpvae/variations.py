@@ -153,4 +153,5 @@ DIGITS_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "model.mixture.divergence_bound": 5.0,
     },
     ("savae", "bernoulli"): {"model.savae.learning_rate": 0.2, "model.savae.clip": 0.0},
+    ("vlae", "bernoulli"): {"training.kl_warmup": 5},
 }
