@@ -100,12 +100,10 @@ class _Snapshot(Results):
 
     def __init__(self, profile: str) -> None:
         super().__init__(profile)
-        rows = self.stored()
-        self._newest = {row["name"]: row for row in rows}
-        self._same = {(row["name"], row["key"]): row for row in rows}
+        self._stored = super().stored()
 
-    def find(self, name: str, key: str = "") -> Row | None:
-        return self._same.get((name, key)) or self._newest.get(name)
+    def stored(self) -> list[Row]:
+        return self._stored
 
 
 def failures_path(profile: str) -> Path:

@@ -139,16 +139,14 @@ class Profile:
         Raises:
             ConfigError: two runs that differ in something which their names do not tell.
         """
-        runs = self.runs()
-        more = [
-            *self.size_runs(),
-            *(run for name in self.variations for run in self.variation(name)),
-        ]
-        # The training-size curve and others share runs with the table, which alone needs gaps.
-        ungapped = {run.override(**{"evaluation.gaps": False}) for run in runs}
-        jobs = list(dict.fromkeys([*runs, *(run for run in more if run not in ungapped)]))
-        check_names(jobs)
-        return jobs
+        runs = [*self.runs(), *self.size_runs()]
+        runs += [run for name in self.variations for run in self.variation(name)]
+        jobs: dict[RunConfig, RunConfig] = {}
+        for run in runs:
+            # The training-size curve and the table share runs, of which only the table needs gaps.
+            jobs.setdefault(run.override(**{"evaluation.gaps": False}), run)
+        check_names(jobs.values())
+        return list(jobs.values())
 
 
 def _burda() -> Profile:

@@ -82,6 +82,7 @@ def code_hash() -> str:
     return CONTINUED.get(digest := code_digest(), digest)
 
 
+@cache
 def code_digest() -> str:
     """Digest of the modules that numbers depend on; comments and docstrings do not count.
 
@@ -209,9 +210,13 @@ class Results:
         if same and same[-1] is not rows[-1]:
             jsonl.append(self.path, same[-1])
 
+    def committed(self) -> list[Row]:
+        """All rows that are committed with the figures."""
+        return _rows_of(self.evidence / "rows.jsonl")
+
     def everything(self) -> list[Row]:
         """All rows that were ever stored, committed ones first, then oldest first."""
-        return _rows_of(self.evidence / "rows.jsonl") + self.stored()
+        return self.committed() + self.stored()
 
     def append(self, row: Row, arrays: dict[str, np.ndarray]) -> None:
         """Add a row and its per-image arrays; the row comes last, so it never lacks them."""

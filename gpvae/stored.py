@@ -19,13 +19,7 @@ from gpvae.errors import ConfigError, TrainingError
 from gpvae.experiment import Log, run_all, trained
 from gpvae.jobs import Failure, committed_failures_path, read_failures
 from gpvae.profiles import Profile
-from gpvae.results import (
-    Results,
-    Row,
-    checkpoint_name,
-    code_hash,
-    not_finite,
-)
+from gpvae.results import Results, Row, checkpoint_name, code_hash, not_finite
 from gpvae.training import load_model, with_weights
 from gpvae.vae import VAE
 
@@ -119,8 +113,7 @@ def keep_evidence(plan: Profile) -> int:
     runs, path = plan.jobs(), committed_failures_path(plan.name)
     rows = find_rows(runs, plan.name)
     names = {row["name"] for row in rows}
-    committed = jsonl.read(paths.figures(plan.name) / "rows.jsonl")
-    rows += [row for row in committed if row["name"] not in names]
+    rows += [row for row in Results(plan.name).committed() if row["name"] not in names]
     failures = [replace(f, traceback="") for f in failures_of(runs, plan.name)]
     tables.save_rows(rows, plan.name)
     if failures:

@@ -232,11 +232,14 @@ def test_runs_that_names_do_not_tell_apart_are_not_taken_for_each_other(project_
 
 
 def test_code_hash_ignores_comments_and_docstrings_only(tmp_path, monkeypatch):
+    uncached = results.code_digest.__wrapped__
+
     def hashed(source):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / "dataset.py").write_text("")
         (tmp_path / "m.py").write_text(source)
         monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+        monkeypatch.setattr(results, "code_digest", uncached)
         return results.code_hash.__wrapped__()
 
     base = hashed('def f(x):\n    """One."""\n    return x + 1\n')
