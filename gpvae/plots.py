@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, product
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -410,7 +411,8 @@ def rank_lines(
     for name, marker, shift in zip(blocks, cycle("sv^<>DPX*"), shifts, strict=False):
         each = [blocks[name][encoder] for encoder in ranks]
         style = {"ls": "", "ms": 3.5, "mfc": "white", "mew": 0.7, "color": "0.2", "zorder": 3}
-        ax.plot(each, np.arange(len(ranks)) + shift, marker, label=name, **style)
+        label = fill(name, 90)  # a legend's line that fits the figure
+        ax.plot(each, np.arange(len(ranks)) + shift, marker, label=label, **style)
     if difference is not None:
         first = next(iter(ranks.values()))
         ax.plot([first, first + difference], [-0.3, -0.3], color="0.2", label="critical difference")
