@@ -81,8 +81,8 @@ def survey(
             key = run_key(config, data.hash)
             row = results.find(config.name, key)
             state = {"made": "missing", "recomputed": "stale", "reused": "done"}[status]
-            if row is not None and not_finite(row):
-                state = "missing"
+            if row is not None and row["key"] == key and (wrong := not_finite(row)):
+                state, reason = "failed", f"not a finite number: {wrong}"
             failure = failures.get(config.name)
             if state != "done" and failure is not None and _counts(failure, key, row):
                 state, reason = "failed", failure.brief

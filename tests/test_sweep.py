@@ -109,7 +109,8 @@ def test_a_row_that_is_not_finite_is_a_failure(base, lines, monkeypatch):
     (row,) = sweep({"a": [base]}, log=lines.append).rows.values()
     bad = row | {"elbo": row["elbo"] | {"mean": float("nan")}}
     jsonl.append(Results("a").path, bad)
-    assert [job.state for job in jobs.survey({"a": [base]})] == ["missing"]
+    (job,) = jobs.survey({"a": [base]})
+    assert (job.state, job.reason) == ("failed", "not a finite number: elbo")
     nan = torch.full((12,), float("nan"))
     with monkeypatch.context() as patch:
         broken = {"elbo": Estimate(nan, nan, 10), "log_likelihood": Estimate(nan + 1, nan, 10)}
