@@ -143,9 +143,18 @@ def costs(bench: Sequence[Row], device: str) -> dict[str, float]:
         bench: rows of `gpvae bench`.
         device: one of `devices`.
     """
-    rows = [r for r in bench if r["section"] == "inference" and place(r["facts"]) == device]
+    rows = _inference(bench, device)
     single = {r["case"].partition(", ")[0]: r for r in rows if r["case"].endswith(", batch 1")}
     return {method: r["ratio"] for method, r in single.items() if r["ratio"]}
+
+
+def timed_versions(bench: Sequence[Row], device: str) -> set[str]:
+    """Hashes of the code whose inference was measured on that device."""
+    return {row["facts"]["code_hash"] for row in _inference(bench, device)}
+
+
+def _inference(bench: Sequence[Row], device: str) -> list[Row]:
+    return [r for r in bench if r["section"] == "inference" and place(r["facts"]) == device]
 
 
 def devices(bench: Sequence[Row]) -> list[str]:

@@ -71,8 +71,8 @@ def test_front_keeps_what_nothing_beats_in_both():
     assert comparison.front({}) == []
 
 
-def bench_row(case, ratio, device="gpu", threads=1):
-    facts = {"device": device, "cpu": "abacus", "threads": threads}
+def bench_row(case, ratio, device="gpu", threads=1, code="new"):
+    facts = {"device": device, "cpu": "abacus", "threads": threads, "code_hash": code}
     return {"section": "inference", "case": case, "ratio": ratio, "facts": facts}
 
 
@@ -91,6 +91,16 @@ def test_costs_are_those_of_one_image_on_one_device_with_its_threads():
     assert comparison.costs(rows, one) == {"vae": 1.0, "iaf4": 3.0}
     assert comparison.costs(rows, two) == {"iaf4": 5.0}
     assert comparison.costs(rows, gpu) == {"iaf4": 7.0}
+
+
+def test_versions_of_times_are_those_of_one_device_and_of_inference():
+    rows = [
+        bench_row("vae, batch 1", 1.0),
+        bench_row("vae, batch 1", 1.0, code="old") | {"section": "training"},
+        bench_row("vae, batch 1", 1.0, "cpu", code="old"),
+    ]
+    assert comparison.timed_versions(rows, "gpu") == {"new"}
+    assert comparison.timed_versions(rows, "abacus, 1 thread") == {"old"}
 
 
 def test_bounds_go_with_the_cost_of_their_number_of_steps(project_root):
