@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy import stats
@@ -54,10 +55,12 @@ class Ranking:
         """Whether Friedman's test rejects at the 5% level, so that methods may be compared."""
         return self.p < 0.05
 
-    def equals(self, encoder: str) -> list[str]:
-        """The methods whose mean rank is within the critical difference of this one's."""
-        own = self.ranks[encoder]
-        return [e for e, r in self.ranks.items() if e != encoder and abs(r - own) < self.difference]
+    def apart(self) -> list[tuple[str, str]]:
+        """The pairs (better, worse) whose mean ranks lie the critical difference apart or more, if
+        the ranks differ at all.
+        """
+        pairs = combinations(self.ranks.items(), 2) if self.differs else ()
+        return [(a, b) for (a, best), (b, rank) in pairs if rank - best >= self.difference]
 
 
 def evidence_profiles() -> list[Profile]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, product
 from pathlib import Path
 from textwrap import fill
@@ -16,19 +16,23 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import CARETDOWNBASE
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
 
 from gpvae import events, paths
 from gpvae.analysis import SYMBOLS, Decomposition
+from gpvae.config import RunConfig
+from gpvae.profiles import Profile
 from gpvae.regimes import Setting, parts
 from gpvae.selective import POLICIES, Refinement
 from gpvae.stats import Interval, mean_interval
-from gpvae.tables import LABELS, MISSING, verdict
+from gpvae.tables import LABELS, MISSING, format_interval, verdict
 from gpvae.variations import NOISELESS
 
 COLUMN, TEXT = 3.4, 7.0  # widths in inches
 STRAY = 20  # times the 99% quantile: an image so far off has an axis of its own
+STRAY_WIDTH = 5  # times the second widest interval: one so wide is named and left out
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
     "vae": _PALETTE[0],
@@ -42,7 +46,8 @@ COLOURS = {
     "vlae": _PALETTE[5],
     "exact": (0.25, 0.25, 0.25),
 }
-GAP_COLOURS = {"approximation gap": "0.75", "amortization gap": _PALETTE[1]}
+MARKERS = dict(zip(LABELS, "oDs^v<PX>", strict=True))  # colours are not enough for every eye
+GAP_COLOURS = {"approximation gap": "0.8", "amortization gap": "0.5"}
 _SIDES = {"above": _PALETTE[0], "below": _PALETTE[1]}  # by `tables.verdict`
 SIDE_COLOURS = {side: sns.light_palette(colour, 5)[2] for side, colour in _SIDES.items()}
 # A small remark in a panel, readable over the lines that it covers.
@@ -50,11 +55,11 @@ NOTE = {"color": "0.5", "fontsize": 6, "zorder": 3}
 NOTE |= {"bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
 POLICY_STYLES = {
     "none": {"color": "0.7", "ls": "-", "lw": 0.8},
-    "uniform": {"color": _PALETTE[2], "ls": (0, (4, 1))},
+    "uniform": {"color": "0.5", "ls": (0, (4, 1))},
     "random": {"color": "0.2", "ls": ":"},
-    "relative_f_var": {"color": _PALETTE[3], "ls": "-"},
-    "-ELBO": {"color": _PALETTE[0], "ls": "-"},
-    "oracle": {"color": _PALETTE[1], "ls": (0, (5, 1, 1, 1))},
+    "relative_f_var": {"color": COLOURS["gpvae"], "ls": "-"},
+    "-ELBO": {"color": "0.4", "ls": "-"},
+    "oracle": {"color": "0.2", "ls": (0, (5, 1, 1, 1))},
 }
 
 
@@ -63,8 +68,14 @@ def use_style() -> None:
     plt.style.use(Path(__file__).with_name("gpvae.mplstyle"))
 
 
-def save(figure: Figure, name: str, profile: str) -> Figure:
-    """Write `figures/<profile>/<name>.png` and `.pdf` without timestamps; returns the figure."""
+def save(figure: Figure, name: str, profile: str, plan: Profile | None = None) -> Figure:
+    """Write `figures/<profile>/<name>.png` and `.pdf` without timestamps; returns the figure.
+
+    With a `plan`, a line on top tells the data set, the budget and the number of seeds.
+    """
+    if plan:
+        figure.set_figheight(figure.get_figheight() + 0.18)
+        figure.suptitle(f"{plan.title}, {len(plan.seeds)} seeds", fontsize=7, color="0.4")
     folder = paths.figures(profile)
     folder.mkdir(parents=True, exist_ok=True)
     # The program's name and the date would make equal figures differ.
@@ -99,19 +110,21 @@ def image_row(ax: Axes, images: np.ndarray, label: str = "", columns: int | None
 
 
 def learning_curves(ax: Axes, histories: Mapping[str, Sequence[pd.DataFrame]]) -> None:
-    """Validation bound against epoch: one thin line for each seed, best points marked, and their
-    mean over the epochs that every seed reached.
+    """Validation bound against epoch: one thin line for each seed, best points as dots, and their
+    mean over the epochs that every seed reached, with the method's marker.
     """
-    for encoder, runs in histories.items():
-        colour = COLOURS[encoder]
+    for i, (encoder, runs) in enumerate(histories.items()):
+        style = {"color": COLOURS[encoder], "zorder": 3 - 0.01 * i}  # VAE and GPVAE on top
         for history in runs:
-            ax.plot(history.epoch, history.valid_elbo, color=colour, alpha=0.3, lw=0.5)
+            ax.plot(history.epoch, history.valid_elbo, alpha=0.3, lw=0.5, **style)
             best = history.loc[history.valid_elbo.idxmax()]
-            ax.plot(best.epoch, best.valid_elbo, "o", color=colour, ms=2)
-        if runs:
-            curves = [history.set_index("epoch").valid_elbo for history in runs]
-            mean = pd.concat(curves, axis=1, join="inner").mean(axis=1)
-            ax.plot(mean.index, mean, color=colour, lw=1, label=LABELS[encoder])
+            ax.plot(best.epoch, best.valid_elbo, ".", ms=3, **style)
+        label = LABELS[encoder] if runs else f"{LABELS[encoder]}: {MISSING}"
+        curves = [history.set_index("epoch").valid_elbo for history in runs]
+        mean = pd.concat(curves, axis=1, join="inner").mean(axis=1) if runs else pd.Series()
+        every = (0.01 * i, 0.1)  # of the panel's diagonal, so that markers do not coincide
+        style |= {"marker": MARKERS[encoder], "ms": 3, "mew": 0, "markevery": every}
+        ax.plot(mean.index, mean, lw=1, label=label, **style)
     bounds = [history.valid_elbo for runs in histories.values() for history in runs]
     if bounds:  # the first epochs would flatten everything
         low, high = np.quantile(np.concatenate(bounds), 0.2), max(map(max, bounds))
@@ -209,7 +222,7 @@ def forest(
     """
     for i, (label, interval) in enumerate(intervals.items()):
         if not interval.n:
-            mark_missing(ax, i)
+            mark_missing(ax, i + shift)
             continue
         colour, y = (colours or {}).get(label, "0.2"), i + shift
         ax.plot([interval.low, interval.high], [y, y], color=colour)
@@ -220,18 +233,29 @@ def forest(
     ax.grid(axis="y", visible=False)
 
 
-def regime_panels(regimes: Mapping[str, Sequence[Setting]]) -> Figure:
-    """A panel for each option: GPVAE - VAE in log p(x) for each of its settings, with intervals."""
+def regime_panels(
+    regimes: Mapping[str, Sequence[Setting]], usual: RunConfig | None = None
+) -> Figure:
+    """A panel for each option: GPVAE - VAE in log p(x) for each of its settings, with intervals.
+
+    Controls are grey; the marker of `usual`, which may stand in several panels, is open.
+    """
     columns = min(3, len(regimes))
     lines = -(-len(regimes) // columns)
     size = (max(COLUMN, TEXT * columns / 3), 1.8 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharex=True)
     for ax, (name, settings) in zip(axes.flat, regimes.items(), strict=False):
         shown = {_brief(name, setting): setting.difference for setting in settings}
-        forest(ax, shown, {label: COLOURS["gpvae"] for label in shown})
+        named = dict(zip(shown, settings, strict=True))
+        colour = {k: "0.5" if s.is_control else COLOURS["gpvae"] for k, s in named.items()}
+        forest(ax, shown, colour)
+        for i, setting in enumerate(settings):
+            if usual and setting.config == usual:
+                ax.plot(setting.difference.value, i, "o", color=COLOURS["gpvae"], mfc="white")
         ax.set_title(name.replace("-", " "))
         ax.tick_params(labelbottom=True)
-    figure.supxlabel("log p(x), GPVAE − VAE (nats)")
+    label = "log p(x), GPVAE − VAE (nats; mean, 95% over seeds)"
+    figure.supxlabel(label + "\nopen: the usual setting, the same in every panel" * bool(usual))
     for ax in axes.flat[len(regimes) :]:
         ax.remove()
     return figure
@@ -249,8 +273,6 @@ def _brief(name: str, setting: Setting) -> str:
 
 
 def _brief_part(option: str, value: str) -> str:
-    if option == "bound":
-        return value
     if option == "initial_std" and value == str(NOISELESS["model.gp.initial_std"]):
         return "no noise"
     return f"{'τ' if option == 'temperature' else option} = {value}"
@@ -272,7 +294,7 @@ def interval_line(
         position,
         value,
         yerr=bars,
-        fmt="o-",
+        fmt=f"{MARKERS[encoder]}-",
         color=COLOURS[encoder],
         label=label or LABELS[encoder],
         capsize=2,
@@ -316,12 +338,36 @@ def gap_bars(ax: Axes, methods: Mapping[str, Decomposition]) -> None:
         bars = [[total.value - total.low], [total.high - total.value]]
         label = "inference gap [95% over seeds]"
         ax.errorbar(total.value, i, xerr=bars, fmt="o", color="0.1", lw=1, label=label)
+    totals = {encoder: d.inference for encoder, d in methods.items()}
+    if off := stray(totals):
+        ax.set_xlim(*_limits(each for encoder, each in totals.items() if encoder != off))
+        where = {"xy": (0.99, list(methods).index(off)), "xycoords": ax.get_yaxis_transform()}
+        text = f"{format_interval(totals[off], digits=0)}, off the axis"
+        ax.annotate(text, **where, ha="right", va="center", **NOTE)
     ax.axvline(0, color="0.5", lw=0.8)
     ax.set_axisbelow(True)
     ax.set_yticks(range(len(methods)), [LABELS.get(encoder, encoder) for encoder in methods])
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_xlabel("nats per image")
     ax.grid(axis="y", visible=False)
+
+
+def stray(intervals: Mapping[str, Interval]) -> str:
+    """The label whose interval is so much wider than all others that it would flatten them; empty
+    if there is none.
+    """
+    widths = {label: each.high - each.low for label, each in intervals.items() if each.n > 1}
+    if len(widths) < 3:
+        return ""
+    *_, second, (label, widest) = sorted(widths.items(), key=lambda item: item[1])
+    return label if widest > STRAY_WIDTH * second[1] else ""
+
+
+def _limits(intervals: Iterable[Interval]) -> tuple[float, float]:
+    """Limits of an axis that shows zero and these intervals."""
+    ends = [0.0, *(end for each in intervals for end in (each.low, each.high) if each.n > 1)]
+    margin = 0.05 * (max(ends) - min(ends))
+    return min(ends) - margin, max(ends) + margin
 
 
 def refinement_curves(ax: Axes, refinement: Refinement, each: int) -> None:
@@ -334,34 +380,46 @@ def refinement_curves(ax: Axes, refinement: Refinement, each: int) -> None:
 def scatter(ax: Axes, x: np.ndarray, y: np.ndarray, encoder: str) -> None:
     """Per-image scatter in the method's colour, for narrow panels.
 
-    Where single images would flatten all others, the axis is logarithmic beyond the other 99%.
+    Where single images would flatten all others, the axis is logarithmic beyond the other 99%,
+    from a dotted line on.
     """
     ax.plot(x, y, ".", color=COLOURS[encoder], alpha=0.5, ms=3, mew=0)
     ax.locator_params(axis="x", nbins=3)  # numbers of thousands would overlap
-    for set_scale, values in ((ax.set_xscale, np.abs(x)), (ax.set_yscale, np.abs(y))):
+    for set_scale, axis, mark, values in (
+        (ax.set_xscale, ax.xaxis, ax.axvline, np.abs(x)),
+        (ax.set_yscale, ax.yaxis, ax.axhline, np.abs(y)),
+    ):
         usual, largest = float(np.quantile(values, 0.99)), values.max()
         if largest > STRAY * usual:
             set_scale("symlog", linthresh=usual, linscale=3)
-            if set_scale == ax.set_xscale:  # a tick for each power of ten would overlap
-                ax.set_xticks([0, 10.0 ** np.floor(np.log10(largest))])
+            mark(usual, color="0.5", ls=":", lw=0.8)
+            # A tick for each power of ten would overlap, and none would lie below the line.
+            half, power = (10.0 ** np.floor(np.log10(v)) for v in (usual, largest))
+            axis.set_ticks([0, half * np.floor(usual / half), power])
 
 
 def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) -> None:
     """Observed against expected gap on log axes; the line is equality."""
-    value = np.array([i.value for i in observed])
-    bars = np.array([[i.value - i.low, i.high - i.value] for i in observed]).T
+    value, low, high = (np.array(each) for each in list(zip(*observed, strict=True))[:3])
+    ends = np.array([expected.min(), expected.max()])
+    bottom = 0.7 * min(ends[0], *(v for v in (*value, *low) if v > 0))
     style = {"fmt": "o", "color": COLOURS["gpvae"], "capsize": 2, "lw": 1}
+    bars = [value - np.maximum(low, bottom), high - value]
     ax.errorbar(expected, value, yerr=bars, label="decile [95% over seeds]", **style)
-    ends = np.array([expected.min(), max(expected.max(), value.max())])
+    if (through := low <= 0).any():
+        style = {"color": COLOURS["gpvae"], "ls": "", "marker": CARETDOWNBASE}
+        feet = np.full(through.sum(), bottom)
+        ax.plot(expected[through], feet, label="interval holds zero", **style)
     ax.plot(ends, ends, color="0.5", lw=0.8, label="as expected")
     ax.set(xscale="log", yscale="log", xlabel="2 × expected gap (nats)")
+    ax.set_ylim(bottom=bottom)
 
 
 def cost_front(
     ax: Axes,
     points: Mapping[str, tuple[float, Interval]],
     front: Sequence[str],
-    lacking: Sequence[str] = (),
+    lacking: Mapping[str, str] | None = None,
 ) -> None:
     """Difference of the bound to the VAE's against relative inference time; the front as steps.
 
@@ -369,21 +427,25 @@ def cost_front(
         ax: where to draw.
         points: see `gpvae.comparison.bounds_and_costs`.
         front: the methods on it, the fastest first.
-        lacking: methods without a point, which are named.
+        lacking: why methods have no point, which the title tells.
     """
-    if lacking:
-        text = f"{MISSING}: {', '.join(LABELS[encoder] for encoder in lacking)}"
-        where = {"xy": (0.98, 0.03), "xycoords": "axes fraction", "ha": "right"}
-        ax.annotate(text, **where, **NOTE)
+    gains = {encoder: gain for encoder, (_, gain) in points.items()}
+    notes = [f"{LABELS[encoder]}: {reason}" for encoder, reason in (lacking or {}).items()]
+    if off := stray(gains):
+        notes.append(f"{LABELS[off]}: {format_interval(gains[off], '+', 0)}, off the axis")
+        ax.set_ylim(*_limits(gain for encoder, gain in gains.items() if encoder != off))
+    ax.set_title("\n".join([ax.get_title(), *notes]))
     if not points:
         ax.annotate(MISSING, (0.5, 0.5), xycoords="axes fraction", color="0.5", ha="center")
         return
     for i, (encoder, (cost, gain)) in enumerate(points.items()):
         style = {"color": COLOURS[encoder], "zorder": 3 - 0.01 * i}  # VAE and GPVAE on top
         ax.plot([cost, cost], [gain.low, gain.high], lw=1, **style)
-        ax.plot(cost, gain.value, "o", label=LABELS[encoder], **style)
-    x, y = zip(*[(points[e][0], points[e][1].value) for e in front], strict=True)
-    ax.step(x, y, where="post", color="0.6", lw=0.8, zorder=0)
+        ax.plot(cost, gain.value, MARKERS[encoder], label=LABELS[encoder], **style)
+    steps = [(points[e][0], points[e][1].value) for e in front]
+    steps.append((1.5 * max(cost for cost, _ in points.values()), steps[-1][1]))
+    dashed = {"color": "0.3", "lw": 0.8, "ls": (0, (4, 2)), "zorder": 1}
+    ax.step(*zip(*steps, strict=True), where="post", label="front of the means", **dashed)
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

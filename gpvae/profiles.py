@@ -6,7 +6,8 @@ A `Profile` is what `gpvae reproduce`, `gpvae sweep` and the notebooks work thro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,20 @@ from gpvae.variations import (
     NOISELESS,
     candidates,
     gp_regimes,
+    mnist_regimes,
     shared_candidates,
     step_counts,
 )
+
+DATA_TITLES = {
+    "mnist": "MNIST",
+    "omniglot-28x28-rederived": "OMNIGLOT",
+    "cifar10-subset": "CIFAR-10 (subset)",
+    "cifar10": "CIFAR-10",
+    "frey": "Frey faces",
+    "svhn": "SVHN",
+    "celeba": "CelebA",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,13 @@ class Profile:
                 raise ConfigError(unknown("encoder in settings", encoder, METHODS))
             if output not in OUTPUTS:
                 raise ConfigError(unknown("output distribution in settings", output, OUTPUTS))
+
+    @property
+    def title(self) -> str:
+        """Data set, latent dimension and epochs in words, for figures."""
+        base = self.base
+        name = DATA_TITLES.get(base.data.name, base.data.name)
+        return f"{name}, D = {base.model.latent_dim}, {base.training.epochs} epochs"
 
     def runs(
         self, output: str | None = None, train_sizes: tuple[int | None, ...] = (None,)
@@ -269,12 +288,27 @@ def _profiles() -> dict[str, Profile]:
 PROFILES = _profiles()
 
 
+def titles(profiles: Sequence[Profile]) -> dict[str, str]:
+    """Titles by name, with the step size where two would be equal."""
+    count = Counter(each.title for each in profiles)
+    return {
+        each.name: each.title
+        + f", step {each.base.training.learning_rate:g}" * (count[each.title] > 1)
+        for each in profiles
+    }
+
+
 # A run's name does not tell widths apart, so each has a profile of its own.
 WIDTHS = {
     name: PROFILES["regimes"].base.override(**{"model.hidden": hidden})
     for name, hidden in {"small": (20,), "large": (400, 400)}.items()
 }
-BERNOULLI = {"bernoulli": PROFILES["regimes"].base.override(**{"model.output": "bernoulli"})}
+OTHERS = {
+    "bernoulli": PROFILES["regimes"].base.override(**{"model.output": "bernoulli"}),
+    "mnist": CPU_PRESETS["mnist"].override(
+        **{"evaluation.gaps": False, "evaluation.outliers": "", "training.patience": 600}
+    ),
+}
 # As many epochs as k = 50 had, and half of the published ones.
 EPOCHS = {
     name: PROFILES["burda"].base.override(
@@ -284,19 +318,21 @@ EPOCHS = {
 }
 # Is it the noise that helps, or the larger encoder?
 PRESET_VARIATIONS = {
+    "regimes/mnist": mnist_regimes(),
     "cpu/mnist-long": {
         "temperature": (
             NOISELESS,
             *({"model.encoder": "gpvae", "model.gp.temperature": t} for t in (0.0, 1.0)),
         )
-    }
+    },
 }
-FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | BERNOULLI, "burda": EPOCHS}
+FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | OTHERS, "burda": EPOCHS}
 
 
 def get_profile(name: str) -> Profile:
     """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension,
     `regimes/small` and `regimes/large` the width of the networks, `regimes/bernoulli` the output,
+    `regimes/mnist` the data set,
     `burda/short` and `burda/long` the number of epochs.
 
     Raises:

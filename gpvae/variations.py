@@ -120,6 +120,26 @@ def gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
     }
 
 
+def mnist_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
+    """The same question on MNIST: fewer settings, and as many training steps for every size."""
+
+    def each(key: str, *values: Any, **more: Any) -> tuple[dict[str, Any], ...]:
+        return tuple({"model.encoder": "gpvae", f"model.gp.{key}": v, **more} for v in values)
+
+    both = ({"model.encoder": "vae"}, {"model.encoder": "gpvae"})
+    few = {"data.train_size": 500, "training.epochs": 600}
+    some = {"data.train_size": 2000, "training.epochs": 150}
+    return {
+        "features": each("features", 50, 400, 1600, 4000),
+        "amplitude": each("amplitude", 0.3, 3.0),
+        "temperature": (NOISELESS, *each("temperature", 0.1, 10.0)),
+        "covariance": each("covariance", "full"),
+        "residual": each("residual", True, **{"model.gp.bound": "marginal"}),
+        "train-size": tuple(method | size for method in both for size in (few, some))
+        + each("features", 1600, **few),
+    }
+
+
 def step_counts() -> tuple[dict[str, Any], ...]:
     """Every rival at each number of steps, flows or components of its paper's tables."""
     keys = {

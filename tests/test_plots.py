@@ -14,6 +14,7 @@ import gpvae
 from gpvae import plots
 from gpvae.analysis import Decomposition
 from gpvae.config import METHODS
+from gpvae.profiles import titles
 from gpvae.regimes import Setting
 from gpvae.selective import POLICIES
 from gpvae.stats import Interval, mean_interval
@@ -59,26 +60,28 @@ def test_forest_marks_what_is_missing_and_draws_one_seed_without_a_bar(ax):
     plots.forest(
         ax, {"a": known(1.0), "b": one, "c": mean_interval([])}, shift=0.2, proposal="neutral"
     )
-    assert texts(ax) == ["missing"]
+    assert texts(ax) == ["missing"] and ax.texts[0].xy[1] == 2.2
     heights = {float(line.get_ydata()[0]) for line in ax.lines[:-1]}
     assert heights == {0.2, 1.2}
     assert all(math.isnan(x) for x in ax.lines[2].get_xdata())
     assert ax.yaxis_inverted()
 
 
-def test_every_method_has_a_colour_of_its_own():
+def test_every_method_has_a_colour_and_a_marker_of_its_own():
     assert len({tuple(plots.COLOURS[method]) for method in METHODS}) == len(METHODS)
+    assert len({plots.MARKERS[method] for method in METHODS}) == len(METHODS)
     assert plots.POLICY_STYLES.keys() == POLICIES.keys()
 
 
 def test_learning_curves_of_any_number_of_runs(ax):
     history = pd.DataFrame({"epoch": [10, 20, 30], "valid_elbo": [-3.0, -1.0, -2.0]})
     plots.learning_curves(ax, {"vae": [history, history], "gpvae": [history], "iaf": []})
-    best = [line for line in ax.lines if line.get_marker() == "o"]
+    best = [line for line in ax.lines if line.get_marker() == "."]
     assert [float(line.get_xdata()[0]) for line in best] == [20] * 3
     plots.legend_beside(ax.figure)
     (legend,) = ax.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["VAE", "GPVAE"]
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["VAE", "GPVAE", "IAF: missing"]
     plots.learning_curves(ax, {"vae": []})  # nothing stored: an empty panel, no error
 
 
@@ -89,6 +92,22 @@ def test_step_lines_name_their_parameter_and_keep_bars_apart(ax):
     assert labels == ["IAF (K)", "ME (M); missing: 5"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2", "5", "8"]
     assert handles[0].lines[0].get_xdata()[0] < 1 < 2 < handles[1].lines[0].get_xdata()[0]
+
+
+def test_a_saved_figure_tells_what_it_is_of(project_root):
+    figure, _ = plt.subplots()
+    plots.save(figure, "x", "t", gpvae.get_profile("cpu/mnist-long"))
+    assert figure.get_suptitle() == "MNIST, D = 20, 120 epochs, 5 seeds"
+    plt.close(figure)
+
+
+def test_titles_differ():
+    plans = [gpvae.get_profile(f"cpu/{name}") for name in ("mnist", "cifar10", "cifar10-slow")]
+    assert list(titles(plans).values()) == [
+        "MNIST, D = 20, 30 epochs",
+        "CIFAR-10 (subset), D = 20, 30 epochs, step 0.004",
+        "CIFAR-10 (subset), D = 20, 30 epochs, step 0.002",
+    ]
 
 
 def test_saved_figures_are_equal_bit_for_bit(project_root):
@@ -150,11 +169,27 @@ def test_regime_panels_name_a_setting_by_what_the_panel_does_not_say():
         }
     )
     first, second = figure.axes
+    grey, red = "0.5", plots.COLOURS["gpvae"]
+    assert [line.get_color() for line in first.lines[:4]] == [grey] * 4  # controls
+    assert [line.get_color() for line in second.lines[:2]] == [red] * 2
     names = ["0.0, no noise\n(control)", "0.0 (control)", "1.0"]
     assert [tick.get_text() for tick in first.get_yticklabels()] == names
     assert [tick.get_text() for tick in second.get_yticklabels()] == ["100, τ = 0.1"]
     assert texts(first) == ["missing"]
-    assert figure.get_supxlabel() == "log p(x), GPVAE − VAE (nats)"
+    assert figure.get_supxlabel() == "log p(x), GPVAE − VAE (nats; mean, 95% over seeds)"
+    plt.close(figure)
+
+
+def test_the_usual_setting_is_open_in_every_panel():
+    usual = gpvae.RunConfig().override(**{"model.encoder": "gpvae"})
+    other = usual.override(**{"model.gp.features": 7})
+    changes = {"model.gp.features": usual.model.gp.features}, {"model.gp.features": 7}
+    settings = [Setting(changes[0], usual, known(1.0)), Setting(changes[1], other, known(2.0))]
+    figure = plots.regime_panels({"features": settings, "again": settings[:1]}, usual)
+    for ax in figure.axes:
+        (mark,) = [line for line in ax.lines if line.get_mfc() == "white"]
+        assert mark.get_xydata().tolist() == [[1.0, 0.0]]
+    assert "open: the usual setting" in figure.get_supxlabel()
     plt.close(figure)
 
 
@@ -191,15 +226,49 @@ def test_one_image_does_not_flatten_all_others(ax):
 
 def test_the_front_of_bounds_and_costs_is_drawn_as_steps_and_what_lacks_is_named(ax):
     points = {"vae": (1.0, known(0.0)), "gpvae": (1.8, known(-1.0)), "savae": (30.0, known(5.0))}
-    plots.cost_front(ax, points, ["vae", "savae"], ["iaf", "hf"])
-    assert texts(ax) == ["missing: IAF, HF"]
+    ax.set_title("digits")
+    plots.cost_front(ax, points, ["vae", "savae"], {"iaf": "no rows", "hf": "no time"})
+    assert ax.get_title() == "digits\nIAF: no rows\nHF: no time"
     bars, dots = ax.lines[0:6:2], ax.lines[1:6:2]
     assert [line.get_label() for line in dots] == ["VAE", "GPVAE", "SA-VAE"]
     assert [line.get_xydata()[0].tolist() for line in dots] == [[1, 0], [1.8, -1], [30, 5]]
     assert bars[2].get_xydata().tolist() == pytest.approx(np.array([[30, 4.9], [30, 5.1]]))
     step = ax.lines[6]
-    assert step.get_drawstyle() == "steps-post" and step.get_xydata().tolist() == [[1, 0], [30, 5]]
+    assert step.get_drawstyle() == "steps-post"
+    assert step.get_xydata().tolist() == [[1, 0], [30, 5], [45, 5]]
     assert ax.get_xscale() == "log"
+
+
+def wide(value):
+    return Interval(value, value - 500, value + 500, 5)
+
+
+def test_one_wide_interval_does_not_flatten_the_front(ax):
+    points = {"vae": (1.0, known(0.0)), "svi": (9.0, known(7.0)), "iaf": (3.0, known(2.0))}
+    plots.cost_front(ax, points, ["vae"])
+    assert "off the axis" not in ax.get_title()
+    plots.cost_front(ax, points | {"gpvae": (2.0, wide(-180.0))}, ["vae"])
+    assert ax.get_title() == "\nGPVAE: -180 [-680, +320], off the axis"
+    low, high = ax.get_ylim()
+    assert -1 < low < -0.1 and 7.1 < high < 8
+
+
+def test_one_wide_interval_does_not_flatten_the_gaps(ax):
+    none = known(0.0)
+    off = Decomposition(none, none, none, known(260.0), wide(260.0), 0, 9)
+    plots.gap_bars(ax, {"vae": gaps(1.0, 2.0), "gpvae": off, "iaf": gaps(0.5, -0.2)})
+    assert texts(ax) == ["260 [-240, 760], off the axis"] and ax.texts[0].xy[1] == 1
+    assert 3.1 < ax.get_xlim()[1] < 4
+
+
+def test_an_interval_below_zero_is_marked_on_the_logarithmic_axis(ax):
+    expected = np.array([1.0, 2.0, 4.0])
+    plots.calibration(ax, expected, [known(2.0), Interval(8.0, -1.0, 17.0, 5), known(9.0)])
+    (mark,) = [line for line in ax.lines if line.get_label() == "interval holds zero"]
+    bottom = ax.get_ylim()[0]
+    assert mark.get_xydata().tolist() == [[2.0, bottom]] and 0 < bottom < 1
+    (equality,) = [line for line in ax.lines if line.get_label() == "as expected"]
+    assert equality.get_xydata().tolist() == [[1, 1], [4, 4]]
 
 
 def test_a_front_without_points_is_missing(ax):
