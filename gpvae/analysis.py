@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pandas as pd
@@ -182,7 +183,9 @@ def search_table(
             "measured": len(measured),
             "failed": sum(run.name in failed for _, run in candidates),
             "epochs": format_range(sorted({run.training.epochs for _, run in candidates})),
-            "varied": ", ".join(key.split(".", 1)[1] for key in varied),
+            "values tried": "; ".join(
+                _tried(key, [run for _, run in candidates]) for key in varied
+            ),
         }
         chosen, bound = MISSING, MISSING
         if measured:
@@ -193,6 +196,12 @@ def search_table(
             chosen, bound = chosen or "as it was", f"{bounds[best]:.2f}"
         lines.append(line | {"chosen": chosen, "its validation ELBO": bound})
     return pd.DataFrame(lines)
+
+
+def _tried(key: str, runs: Sequence[RunConfig]) -> str:
+    """The values of one key in a search, such as `learning_rate: 0.002, 0.004`."""
+    values = dict.fromkeys(reduce(getattr, key.split("."), run) for run in runs)
+    return f"{key.split('.', 1)[-1]}: {', '.join(map(str, values))}"
 
 
 def _news(base: RunConfig, changes: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

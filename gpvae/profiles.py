@@ -281,7 +281,14 @@ def _profiles() -> dict[str, Profile]:
                 "tuning-each": candidates(4e-3, 15, ("gaussian",)),
             },
         ),
-        "paper": Profile("paper", PRESETS["mnist-d50"], train_sizes=(500, 2000, 10000, None)),
+        "paper": Profile(
+            "paper",
+            PRESETS["mnist-d50"],
+            encoders=METHODS,
+            seeds=tuple(range(10)),
+            train_sizes=(500, 2000, 10000, None),
+            variations={"tuning-each": candidates(5e-4, 100, ("gaussian", "bernoulli"))},
+        ),
     }
 
 

@@ -130,11 +130,12 @@ def mnist_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
     few = {"data.train_size": 500, "training.epochs": 600}
     some = {"data.train_size": 2000, "training.epochs": 150}
     return {
-        "features": each("features", 50, 400, 1600, 4000),
-        "amplitude": each("amplitude", 0.3, 3.0),
-        "temperature": (NOISELESS, *each("temperature", 0.1, 10.0)),
-        "covariance": each("covariance", "full"),
-        "residual": each("residual", True, **{"model.gp.bound": "marginal"}),
+        "features": each("features", 50, 100, 400, 1600, 4000),
+        "amplitude": each("amplitude", 0.3, 1.0, 3.0),
+        "temperature": (NOISELESS, *each("temperature", 0.1, 1.0, 10.0)),
+        "covariance": each("covariance", "diagonal", "full"),
+        "residual": each("residual", False)
+        + each("residual", True, **{"model.gp.bound": "marginal"}),
         "train-size": tuple(method | size for method in both for size in (few, some))
         + each("features", 1600, **few),
     }

@@ -154,7 +154,8 @@ def test_search_table_names_the_choice_the_failures_and_what_is_missing(project_
     ]
     vae, iaf, me = search_table(plan, rows, {runs[1].name}).to_dict("records")
     assert (vae["candidates"], vae["measured"], vae["failed"]) == (3, 2, 1)
-    assert (vae["varied"], vae["epochs"]) == ("learning_rate", "7")
+    tried = "learning_rate: 0.0001, 0.001, 0.01"
+    assert (vae["values tried"], vae["epochs"]) == (tried, "7")
     assert vae["chosen"] == "learning_rate = 0.01" and vae["its validation ELBO"] == "-2.00"
     assert iaf["chosen"] == "as it was"  # of two equal ones the one that changes nothing
     assert me["chosen"] == me["its validation ELBO"] == "missing" and me["measured"] == 0

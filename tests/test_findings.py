@@ -15,7 +15,7 @@ from gpvae.findings import FAILS, HOLDS, IN_PART, LACKS, OPEN, UNKNOWN
 from gpvae.stats import mean_interval
 
 VALUES = np.array([1.0, 2.0, 3.0, 5.0])
-FACTS = {"device": "abacus", "threads": 1, "networks": [1, 28, 28, 500, 50]}
+FACTS = {"code_hash": "timed", "device": "abacus", "threads": 1, "networks": [1, 28, 28, 500, 50]}
 RANDOM = {"relative_f_var": np.array([0.1, 0.3, 0.2, 0.4])}
 
 
@@ -177,6 +177,7 @@ def test_speed_claim_compares_with_refinement():
     assert found.verdict == HOLDS
     assert "abacus" in found.evidence[0] and "MLP 784-500, D = 50" in found.evidence[0]
     assert "1.40 times" in found.evidence[0] and "12.0 times" in found.evidence[0]
+    assert found.conditions.endswith("code that was timed: timed (abacus).")
     other = [
         row | {"facts": FACTS | {"device": "loom"}}
         for row in (bench_row("gpvae, batch 1", 20.0), *rows[1:])
