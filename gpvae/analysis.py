@@ -154,6 +154,37 @@ def gap_table(
     return pd.DataFrame(lines)
 
 
+def time_table(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per output, method and device: the seconds that runs took, from the lowest to the
+    highest. They were not measured in turns, and perhaps beside other work: `gpvae bench` is fair.
+    """
+    lines = []
+    for output in profile.outputs:
+        for encoder, own in by_encoder(profile, output, rows).items():
+            for place in dict.fromkeys(map(_place, own)) or (MISSING,):
+                found = [row for row in own if _place(row) == place]
+                train, evaluate = (
+                    format_range([round(row["seconds"][part]) for row in found])
+                    for part in ("train", "evaluate")
+                )
+                line = {"output": output, "method": LABELS.get(encoder, encoder), "on": place}
+                line["seeds"] = ", ".join(str(row["seed"]) for row in found) or MISSING
+                line["training (s)"] = "as the VAE" if encoder == "svi" else train
+                lines.append(line | {"evaluation (s)": evaluate})
+    return pd.DataFrame(lines)
+
+
+def _place(row: Row) -> str:
+    return f"{row['device']}, torch {row['versions']['torch']}"
+
+
+def hours(rows: Sequence[Row]) -> float:
+    """What these runs took together, one after the other; SVI's training is the VAE's."""
+    seconds = [row["seconds"]["evaluate"] for row in rows]
+    trained = [row for row in rows if row["config"]["model"]["encoder"] != "svi"]
+    return (sum(seconds) + sum(row["seconds"]["train"] for row in trained)) / 3600
+
+
 def search_table(
     profile: Profile, rows: Sequence[Row], failed: Collection[str], name: str = "tuning-each"
 ) -> pd.DataFrame:

@@ -413,6 +413,7 @@ def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) ->
     ax.plot(ends, ends, color="0.5", lw=0.8, label="as expected")
     ax.set(xscale="log", yscale="log", xlabel="2 × expected gap (nats)")
     ax.set_ylim(bottom=bottom)
+    log_ticks(ax.xaxis)
 
 
 def cost_front(
@@ -448,7 +449,7 @@ def cost_front(
     ax.step(*zip(*steps, strict=True), where="post", label="front of the means", **dashed)
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
 

@@ -15,10 +15,12 @@ from gpvae.analysis import (
     decomposition,
     decompositions,
     gap_table,
+    hours,
     late_rise,
     search_table,
     step_differences,
     step_table,
+    time_table,
 )
 from gpvae.variations import VALIDATION
 
@@ -135,6 +137,20 @@ def test_steps_are_compared_with_the_baseline(project_root, plan):
     assert table.loc["K = 1", "difference to VAE, own"] == "+0.50 [+0.50, +0.50]"
     assert table.loc["K = 4", "difference to VAE, neutral"] == "+1.00 (one seed)"
     assert (table.loc["M = 2"].drop("method") == "missing").all()
+
+
+def test_times_tell_devices_apart_and_what_is_missing(plan):
+    rows = [fake_row("vae", 0, [1.0], seconds=3600.0), fake_row("vae", 1, [1.0], seconds=7200.0)]
+    rows[1] |= {"device": "loom"}
+    first, second, iaf = time_table(plan, rows).to_dict("records")
+    assert (first["seeds"], first["training (s)"]) == ("0", "3600")
+    assert second["on"].startswith("loom") and second["training (s)"] == "7200"
+    assert iaf["on"] == iaf["seeds"] == iaf["evaluation (s)"] == "missing"
+    svi = fake_row("svi", 0, [1.0], seconds=3600.0)
+    evaluation = sum(row["seconds"]["evaluate"] for row in [*rows, svi])
+    assert hours([*rows, svi]) == pytest.approx(3 + evaluation / 3600)
+    same = gpvae.Profile("t", plan.base, encoders=("svi",), outputs=("gaussian",))
+    assert time_table(same, [svi])["training (s)"].tolist() == ["as the VAE"]
 
 
 def test_search_table_names_the_choice_the_failures_and_what_is_missing(project_root):

@@ -24,6 +24,7 @@ NOTEBOOKS = [notebook.path for notebook in find_notebooks(paths.notebooks())]
 # and no committed evidence.
 NOT_IN_SMOKE = {
     "04_search",
+    "04_search_shared",
     "04_steps",
     "03_outliers",
     "04_cost_front",
