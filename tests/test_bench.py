@@ -112,6 +112,9 @@ def test_training_and_inference_have_every_encoder(bench):
     assert labels[:5] == ["VAE", "GPVAE", "SVI", "SA-VAE 4", "SA-VAE 8"]
     marks = {(text.get_text(), text.xy[1]) for text in figure.axes[0].texts}
     assert marks == {("not measured", labels.index(name)) for name in ("SA-VAE 8", "VLAE 1")}
+    vae = [row for row in inference if row["case"].startswith("vae,")]
+    figure = report.figure([training[0], *vae], {"vae", "iaf4"}, "abacus")  # IAF on another device
+    assert [(text.get_text(), text.xy[1]) for text in figure.axes[1].texts] == [("not measured", 1)]
 
 
 def test_the_compiled_variant_calls_what_was_compiled(bench, monkeypatch):

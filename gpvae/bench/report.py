@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,9 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any]) -> Path:
     if drawn := [row for row in here if row["section"] in DRAWN and row["ratio"] is not None]:
         plots.use_style()
         kind = "cpu" if facts["device"] == "cpu" else "gpu"
-        plots.save(figure(drawn), f"{NAME}_{kind}", PROFILE)
+        known = {method(row) for row in everything if row["section"] in DRAWN}
+        heading = f"{place(facts)}, training in batches of {facts['batch']}"
+        plots.save(figure(drawn, known, heading), f"{NAME}_{kind}", PROFILE)
     return folder
 
 
@@ -125,28 +127,30 @@ def key(row: Row) -> tuple[str, str]:
     return place(row["facts"]), row["section"]
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(rows: Sequence[Row], known: Collection[str] = (), heading: str = "") -> Figure:
     """Ratios to the VAE of every encoder, as medians and ranges over turns, on a log axis.
 
     Args:
-        rows: of the sections `training` and `inference`, measured ones only; what a method lacks is
-            marked.
+        rows: of the sections `training` and `inference`, measured ones of one device only; what a
+            method lacks is marked.
+        known: methods that were measured on some device.
+        heading: a line on top.
     """
     import matplotlib.pyplot as plt
 
     from gpvae import plots
 
-    order = sorted({method(row) for row in rows}, key=rank)
+    order = sorted({method(row) for row in rows} | set(known), key=rank)
     found, axes = plt.subplots(1, 2, figsize=(plots.TEXT, 2.8), sharey=True)
     for ax, section in zip(axes, DRAWN, strict=True):
         here = {(method(row), batch(row)): row for row in rows if row["section"] == section}
         sizes = sorted({size for _, size in here})
         for line, name in enumerate(order):
-            for size in sizes:
-                if row := here.get((name, size)):
-                    whisker(ax, row, line)
-                else:
-                    plots.mark_missing(ax, line + offset(size), "not measured")
+            measured = [size for size in sizes if (name, size) in here]
+            for size in measured:
+                whisker(ax, here[name, size], line)
+            for size in set(sizes) - set(measured) if measured else {""}:
+                plots.mark_missing(ax, line + offset(size), "not measured")
         ax.set(
             xscale="log", xlabel=f"{section}: time relative to the VAE\n(median and range of turns)"
         )
@@ -156,6 +160,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     axes[0].set_ylim(len(order) - 0.5, -0.5)
     for size in filter(None, dict.fromkeys(map(batch, rows))):
         axes[1].plot([], [], "o", color="0.3", mfc=fill(size, "0.3"), label=size)
+    found.suptitle(heading, fontsize=7, color="0.4")
     if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend(loc="upper right")
     return found
