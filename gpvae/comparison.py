@@ -89,7 +89,7 @@ def blocks(profiles: Sequence[Profile], quantity: str) -> dict[str, dict[str, fl
             methods = by_encoder(profile, output, rows)
             if all(len(own) == len(profile.seeds) for own in methods.values()):
                 values = {e: mean_of(own, quantity).value for e, own in methods.items()}
-                name = profile.base.data.name
+                name = profile.parts[0]
                 ranks[name].append(_ranks(values))
                 part = f"{output}, D = {profile.base.model.latent_dim}"
                 if part in parts[name]:

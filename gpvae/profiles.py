@@ -6,9 +6,9 @@ A `Profile` is what `gpvae reproduce`, `gpvae sweep` and the notebooks work thro
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 from gpvae.config import METHODS, OUTPUTS, RunConfig, check_names
@@ -96,9 +96,18 @@ class Profile:
     @property
     def title(self) -> str:
         """Data set, latent dimension and epochs in words, for figures."""
+        return ", ".join(self.parts[:3])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Data set, latent dimension, epochs and step size in words."""
         base = self.base
-        name = DATA_TITLES.get(base.data.name, base.data.name)
-        return f"{name}, D = {base.model.latent_dim}, {base.training.epochs} epochs"
+        return (
+            DATA_TITLES.get(base.data.name, base.data.name),
+            f"D = {base.model.latent_dim}",
+            f"{base.training.epochs} epochs",
+            f"step {base.training.learning_rate:g}",
+        )
 
     def runs(
         self, output: str | None = None, train_sizes: tuple[int | None, ...] = (None,)
@@ -296,13 +305,14 @@ PROFILES = _profiles()
 
 
 def titles(profiles: Sequence[Profile]) -> dict[str, str]:
-    """Titles by name, with the step size where two would be equal."""
-    count = Counter(each.title for each in profiles)
-    return {
-        each.name: each.title
-        + f", step {each.base.training.learning_rate:g}" * (count[each.title] > 1)
-        for each in profiles
-    }
+    """Data sets by profile, with what tells profiles of one data set apart."""
+    parts = {each.name: each.parts for each in profiles}
+    found = {}
+    for name, (data, *options) in parts.items():
+        same = [other[1:] for other in parts.values() if other[0] == data]
+        differ = [len(set(values)) > 1 for values in zip(*same, strict=True)]
+        found[name] = ", ".join([data, *compress(options, differ)])
+    return found
 
 
 # A run's name does not tell widths apart, so each has a profile of its own.

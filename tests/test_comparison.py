@@ -150,7 +150,7 @@ def test_dimensions_and_budgets_of_a_data_set_are_one_block(project_root, other,
         ]
         store_rows(profile.name, rows)
     ((name, block),) = comparison.blocks(plans, "log_likelihood").items()
-    assert name == f"mnist (gaussian, D = 20; {part})"
+    assert name == f"MNIST (gaussian, D = 20; {part})"
     middle = (len(block) + 1) / 2  # the order of one profile is that of the other, reversed
     assert block == dict.fromkeys(plans[0].encoders, middle)
 

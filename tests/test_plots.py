@@ -102,11 +102,14 @@ def test_a_saved_figure_tells_what_it_is_of(project_root):
 
 
 def test_titles_differ():
-    plans = [gpvae.get_profile(f"cpu/{name}") for name in ("mnist", "cifar10", "cifar10-slow")]
+    names = ("frey", "mnist", "mnist-d50", "cifar10", "cifar10-slow")
+    plans = [gpvae.get_profile(f"cpu/{name}") for name in names]
     assert list(titles(plans).values()) == [
-        "MNIST, D = 20, 30 epochs",
-        "CIFAR-10 (subset), D = 20, 30 epochs, step 0.004",
-        "CIFAR-10 (subset), D = 20, 30 epochs, step 0.002",
+        "Frey faces",
+        "MNIST, D = 20",
+        "MNIST, D = 50",
+        "CIFAR-10 (subset), step 0.004",
+        "CIFAR-10 (subset), step 0.002",
     ]
 
 
