@@ -204,6 +204,7 @@ def search_table(
         searched.setdefault((run.model.encoder, run.model.output), []).append((changes, run))
     lines = []
     for (encoder, output), candidates in searched.items():
+        runs = [run for _, run in candidates]
         measured = [(changes, by_name[r.name]) for changes, r in candidates if r.name in by_name]
         keys = dict.fromkeys(key for changes, _ in candidates for key in changes)
         varied = [key for key in keys if len({c.get(key) for c, _ in candidates}) > 1]
@@ -212,11 +213,9 @@ def search_table(
             "output": output,
             "candidates": len(candidates),
             "measured": len(measured),
-            "failed": sum(run.name in failed for _, run in candidates),
-            "epochs": format_range(sorted({run.training.epochs for _, run in candidates})),
-            "values tried": "; ".join(
-                _tried(key, [run for _, run in candidates]) for key in varied
-            ),
+            "failed": sum(run.name in failed for run in runs),
+            "epochs": format_range(sorted({run.training.epochs for run in runs})),
+            "values tried": "; ".join(_tried(key, runs) for key in varied),
         }
         chosen, bound = MISSING, MISSING
         if measured:

@@ -39,7 +39,7 @@ def register(name: str, model: type[VAE], label: str = "", colour: object = "0.4
         ConfigError: the name is no identifier or that of another method, or the class has no
             source that can be read.
     """
-    from gpvae.plots import COLOURS
+    from gpvae.plots import COLOURS, MARKERS
     from gpvae.tables import LABELS
     from gpvae.training import MODELS
 
@@ -48,6 +48,7 @@ def register(name: str, model: type[VAE], label: str = "", colour: object = "0.4
     if name in MODELS and name not in METHOD_HASHES:
         raise ConfigError(f"the method {name!r} is one of gpvae's own; choose another name.")
     MODELS[name], LABELS[name], COLOURS[name] = model, label or name, colour
+    MARKERS[name] = "*"
     METHOD_HASHES[name] = hashlib.sha256(_source(model).encode()).hexdigest()[:16]
 
 

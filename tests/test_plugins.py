@@ -13,7 +13,7 @@ import gpvae
 from gpvae import paths, plugins, results
 from gpvae.errors import ConfigError
 from gpvae.experiment import run
-from gpvae.plots import COLOURS
+from gpvae.plots import COLOURS, MARKERS
 from gpvae.profiles import PROFILES
 from gpvae.tables import LABELS
 from gpvae.training import MODELS
@@ -25,7 +25,7 @@ MODULE = re.findall(r"```python\n(.*?)```", README, re.S)[1]
 @pytest.fixture
 def registry(monkeypatch):
     """What is registered in a test is forgotten after it."""
-    for known in (MODELS, LABELS, COLOURS, PROFILES, plugins.METHOD_HASHES):
+    for known in (MODELS, LABELS, COLOURS, MARKERS, PROFILES, plugins.METHOD_HASHES):
         for name in ("mine", "ours"):
             monkeypatch.setitem(known, name, None)
             del known[name]
@@ -71,7 +71,7 @@ def test_a_registered_method_has_label_colour_and_a_hash_of_its_own(registry, pr
         pass
 
     plugins.register("mine", Mine, "My VAE", "tab:pink")
-    assert (LABELS["mine"], COLOURS["mine"]) == ("My VAE", "tab:pink")
+    assert (LABELS["mine"], COLOURS["mine"], MARKERS["mine"]) == ("My VAE", "tab:pink", "*")
     plugins.register("mine", Mine)  # again, as a notebook does whose cell is run again
     assert LABELS["mine"] == "mine"
     own = config.override({"model.encoder": "mine"})
