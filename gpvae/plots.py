@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.markers import CARETDOWNBASE
+from matplotlib.markers import CARETDOWN
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
 
@@ -394,8 +394,10 @@ def scatter(ax: Axes, x: np.ndarray, y: np.ndarray, encoder: str) -> None:
             set_scale("symlog", linthresh=usual, linscale=3)
             mark(usual, color="0.5", ls=":", lw=0.8)
             # A tick for each power of ten would overlap, and none would lie below the line.
-            half, power = (10.0 ** np.floor(np.log10(v)) for v in (usual, largest))
-            axis.set_ticks([0, half * np.floor(usual / half), power])
+            digit, power = (10.0 ** np.floor(np.log10(v)) for v in (usual, largest))
+            middle = digit * np.floor(usual / digit)
+            names = ["0", f"{middle:g}", f"$10^{{{np.log10(power):.0f}}}$"]
+            axis.set_ticks([0, middle, power], names)
 
 
 def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) -> None:
@@ -407,7 +409,7 @@ def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) ->
     bars = [value - np.maximum(low, bottom), high - value]
     ax.errorbar(expected, value, yerr=bars, label="decile [95% over seeds]", **style)
     if (through := low <= 0).any():
-        style = {"color": COLOURS["gpvae"], "ls": "", "marker": CARETDOWNBASE}
+        style = {"color": COLOURS["gpvae"], "ls": "", "marker": CARETDOWN}
         feet = np.full(through.sum(), bottom)
         ax.plot(expected[through], feet, label="interval holds zero", **style)
     ax.plot(ends, ends, color="0.5", lw=0.8, label="as expected")

@@ -223,6 +223,7 @@ def test_one_image_does_not_flatten_all_others(ax):
     assert ax.get_xscale() == ax.get_yscale() == "linear"
     plots.scatter(ax, gap, np.where(gap == 100, 4.5e5, gap), "gpvae")
     assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "symlog")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0", "90", "$10^{5}$"]
     low, middle, high = ax.transData.transform([(0, 0), (0, 99), (0, 4.5e5)])[:, 1]
     assert middle - low > 0.4 * (high - low)
 
