@@ -267,7 +267,9 @@ def _brief(name: str, setting: Setting) -> str:
     about = name.replace("-", "_")
     about = about if about in values else next(iter(values))
     others = [_brief_part(option, value) for option, value in values.items() if option != about]
-    text = ", ".join([values[about], *others])
+    named = [values[about], *others]
+    text = ", ".join(named)
+    text = text if len(text) < 15 else ",\n".join(named)
     gap = "\n" if len(text) > 6 else " "
     return text + f"{gap}(control)" * setting.is_control
 
