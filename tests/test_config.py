@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 
@@ -11,6 +12,7 @@ import pytest
 import gpvae
 from gpvae.config import METHODS, RunConfig, differences, from_dict
 from gpvae.errors import ConfigError
+from gpvae.presets import PRESETS
 from gpvae.profiles import PROFILES
 from gpvae.variations import VALIDATION
 
@@ -216,12 +218,16 @@ def test_settings_hold_for_their_encoder_and_output():
 
 def test_at_least_five_seeds_where_it_counts():
     assert len(PROFILES["digits"].seeds) >= 5
-    assert len(PROFILES["paper"].seeds) >= 5
+    assert len(PROFILES["paper"].seeds) >= 10
+
+
+@pytest.mark.parametrize("name", [f"paper/{preset}" for preset in PRESETS])
+def test_full_sets_are_run_by_every_method(name):
+    assert {run.model.encoder for run in gpvae.get_profile(name).runs()} == set(METHODS)
 
 
 def test_presets_cover_the_data_sets_at_both_dimensions():
     from gpvae.data import names
-    from gpvae.presets import PRESETS
 
     found = {(c.data.name, c.model.latent_dim) for c in PRESETS.values()}
     sets = set(names()) - {"digits", "omniglot-images"}
@@ -250,6 +256,18 @@ def test_regimes_with_bernoulli_output_are_the_same_runs_with_another_output():
     assert [job for job in changed if job not in jobs] == []
     assert {job.model.output for job in jobs} == {"bernoulli"}
     assert gpvae.get_profile("regimes/small").variations == {}
+
+
+def test_sizes_of_the_regimes_on_mnist_train_for_about_as_many_steps():
+    runs = gpvae.get_profile("regimes/mnist").jobs()
+    steps = {
+        size: epochs * math.ceil(size / batch)
+        for size, epochs, batch in {
+            (r.data.train_size, r.training.epochs, r.training.batch_size) for r in runs
+        }
+    }
+    assert steps.keys() == {500, 2000, 10000}
+    assert max(steps.values()) < 1.02 * min(steps.values())
 
 
 @pytest.mark.parametrize(
