@@ -408,7 +408,7 @@ def calibration(ax: Axes, expected: np.ndarray, observed: Sequence[Interval]) ->
     ends = np.array([expected.min(), expected.max()])
     bottom = 0.7 * min(ends[0], *(v for v in (*value, *low) if v > 0))
     style = {"fmt": "o", "color": COLOURS["gpvae"], "capsize": 2, "lw": 1}
-    bars = [value - np.maximum(low, bottom), high - value]
+    bars = [value - np.minimum(np.maximum(low, bottom), value), high - value]
     ax.errorbar(expected, value, yerr=bars, label="decile [95% over seeds]", **style)
     if (through := low <= 0).any():
         style = {"color": COLOURS["gpvae"], "ls": "", "marker": CARETDOWN}

@@ -270,8 +270,10 @@ def test_an_interval_below_zero_is_marked_on_the_logarithmic_axis(ax):
     plots.calibration(ax, expected, [known(2.0), Interval(8.0, -1.0, 17.0, 5), known(9.0)])
     (mark,) = [line for line in ax.lines if line.get_label() == "interval holds zero"]
     bottom = ax.get_ylim()[0]
+    ax.figure.canvas.draw()
     assert mark.get_xydata().tolist() == [[2.0, bottom]] and 0 < bottom < 1
-    (equality,) = [line for line in ax.lines if line.get_label() == "as expected"]
+    plots.calibration(ax, expected, [known(2.0), known(-1.0), known(9.0)])  # below zero itself
+    equality = next(line for line in ax.lines if line.get_label() == "as expected")
     assert equality.get_xydata().tolist() == [[1, 1], [4, 4]]
 
 
