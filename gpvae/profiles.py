@@ -101,12 +101,13 @@ class Profile:
     @property
     def parts(self) -> tuple[str, ...]:
         """Data set, latent dimension, epochs and step size in words."""
-        base = self.base
+        base, training = self.base, self.base.training
+        most = "up to " if training.patience < training.epochs / 2 else ""  # it may well stop early
         return (
             DATA_TITLES.get(base.data.name, base.data.name),
             f"D = {base.model.latent_dim}",
-            f"{base.training.epochs} epochs",
-            f"step {base.training.learning_rate:g}",
+            f"{most}{training.epochs} epochs",
+            f"step {training.learning_rate:g}",
         )
 
     def runs(

@@ -99,6 +99,7 @@ def test_a_saved_figure_tells_what_it_is_of(project_root):
     plots.save(figure, "x", "t", gpvae.get_profile("cpu/mnist-long"))
     assert figure.get_suptitle() == "MNIST, D = 20, 120 epochs, 5 seeds"
     plt.close(figure)
+    assert gpvae.get_profile("digits").title == "digits, D = 10, up to 500 epochs"
 
 
 def test_titles_differ():
