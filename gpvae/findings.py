@@ -220,7 +220,7 @@ def speed(bench: Sequence[Mapping[str, Any]]) -> Finding:
         "Measured in turns, in one run on each device; no intervals. Far faster means in less than "
         "half of SA-VAE's time. Version of the code that was timed: "
         + (
-            ", ".join(f"{v} ({d})" for d in devices(rows) for v in timed_versions(rows, d))
+            ", ".join(f"{v} ({d})" for d in devices(rows) for v in sorted(timed_versions(rows, d)))
             or MISSING
         )
         + ".",

@@ -246,9 +246,8 @@ def regime_panels(
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharex=True)
     for ax, (name, settings) in zip(axes.flat, regimes.items(), strict=False):
         shown = {_brief(name, setting): setting.difference for setting in settings}
-        named = dict(zip(shown, settings, strict=True))
-        colour = {k: "0.5" if s.is_control else COLOURS["gpvae"] for k, s in named.items()}
-        forest(ax, shown, colour)
+        shades = ["0.5" if setting.is_control else COLOURS["gpvae"] for setting in settings]
+        forest(ax, shown, dict(zip(shown, shades, strict=True)))
         for i, setting in enumerate(settings):
             if usual and setting.config == usual:
                 ax.plot(setting.difference.value, i, "o", color=COLOURS["gpvae"], mfc="white")
@@ -262,7 +261,7 @@ def regime_panels(
 
 
 def _brief(name: str, setting: Setting) -> str:
-    """A setting without the name of the option that the panel is about, on two lines if long."""
+    """A setting without the name of the option that the panel is about, in lines if it is long."""
     values = parts(setting.changes)
     about = name.replace("-", "_")
     about = about if about in values else next(iter(values))

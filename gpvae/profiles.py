@@ -350,8 +350,7 @@ FAMILIES = {"paper": PRESETS, "cpu": CPU_PRESETS, "regimes": WIDTHS | OTHERS, "b
 def get_profile(name: str) -> Profile:
     """The profile of that name; `paper/PRESET` and `cpu/PRESET` choose data set and dimension,
     `regimes/small` and `regimes/large` the width of the networks, `regimes/bernoulli` the output,
-    `regimes/mnist` the data set,
-    `burda/short` and `burda/long` the number of epochs.
+    `regimes/mnist` the data set, `burda/short` and `burda/long` the number of epochs.
 
     Raises:
         ConfigError: unknown name; the nearest is suggested. A family without a preset.

@@ -86,58 +86,52 @@ def grid(values: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, Any], ...]:
 NOISELESS = {"model.encoder": "gpvae", "model.gp.temperature": 0.0, "model.gp.initial_std": 1e-6}
 
 
+def _each(option: str, *values: Any, **more: Any) -> tuple[dict[str, Any], ...]:
+    """GPVAE with each of these values of one option, and `more` changes."""
+    return tuple({"model.encoder": "gpvae", f"model.gp.{option}": v, **more} for v in values)
+
+
+_BOTH = ({"model.encoder": "vae"}, {"model.encoder": "gpvae"})
+_MARGINAL = {"model.gp.bound": "marginal"}
+
+
 def gp_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
     """GPVAE with one option changed at a time: where might random functions help?"""
 
-    def each(key: str, values: tuple[Any, ...], **more: Any) -> tuple[dict[str, Any], ...]:
-        return tuple({"model.encoder": "gpvae", key: value, **more} for value in values)
+    def features(**more: Any) -> tuple[dict[str, Any], ...]:
+        return _each("features", 20, 100, 400, 1600, **more)
 
-    def scarce(size: int) -> tuple[dict[str, Any], ...]:
-        return each("model.gp.features", (20, 100, 400, 1600), **{"data.train_size": size})
-
-    marginal = {"model.gp.bound": "marginal"}
-    both = ({"model.encoder": "vae"}, {"model.encoder": "gpvae"})
     tempered = {"model.gp.temperature": 0.1}
     dims = [{"model.latent_dim": dim} for dim in (2, 10, 32)]
     sizes = [{"data.train_size": size} for size in (100, 250, 600)]
     return {
-        "features": each("model.gp.features", (20, 100, 400, 1600)),
-        "amplitude": each("model.gp.amplitude", (0.3, 1.0, 3.0, 10.0)),
-        "temperature": (
-            NOISELESS,
-            *each("model.gp.temperature", (0.0, 0.1, 1.0, 10.0)),
-        ),
-        "initial-std": each("model.gp.initial_std", (0.01, 0.1, 1.0)),
-        "covariance": each("model.gp.covariance", ("diagonal", "low-rank", "full")),
-        "residual": each("model.gp.residual", (False, True))
-        + each("model.gp.residual", (False, True), **marginal),
+        "features": features(),
+        "amplitude": _each("amplitude", 0.3, 1.0, 3.0, 10.0),
+        "temperature": (NOISELESS, *_each("temperature", 0.0, 0.1, 1.0, 10.0)),
+        "initial-std": _each("initial_std", 0.01, 0.1, 1.0),
+        "covariance": _each("covariance", "diagonal", "low-rank", "full"),
+        "residual": _each("residual", False, True) + _each("residual", False, True, **_MARGINAL),
         # The VAE of that dimension or size is what it is compared with.
-        "latent-dim": tuple(method | dim for method in both for dim in dims),
+        "latent-dim": tuple(method | dim for method in _BOTH for dim in dims),
         "train-size": tuple(
-            method | size for method in (*both, both[1] | tempered) for size in sizes
+            method | size for method in (*_BOTH, _BOTH[1] | tempered) for size in sizes
         ),
-        "scaling": tuple(c for size in (100, 250, 600) for c in scarce(size)),
+        "scaling": tuple(change for size in sizes for change in features(**size)),
     }
 
 
 def mnist_regimes() -> dict[str, tuple[dict[str, Any], ...]]:
     """The same question on MNIST: fewer settings, and as many training steps for every size."""
-
-    def each(key: str, *values: Any, **more: Any) -> tuple[dict[str, Any], ...]:
-        return tuple({"model.encoder": "gpvae", f"model.gp.{key}": v, **more} for v in values)
-
-    both = ({"model.encoder": "vae"}, {"model.encoder": "gpvae"})
     few = {"data.train_size": 500, "training.epochs": 600}
     some = {"data.train_size": 2000, "training.epochs": 150}
     return {
-        "features": each("features", 50, 100, 400, 1600, 4000),
-        "amplitude": each("amplitude", 0.3, 1.0, 3.0),
-        "temperature": (NOISELESS, *each("temperature", 0.1, 1.0, 10.0)),
-        "covariance": each("covariance", "diagonal", "full"),
-        "residual": each("residual", False)
-        + each("residual", True, **{"model.gp.bound": "marginal"}),
-        "train-size": tuple(method | size for method in both for size in (few, some))
-        + each("features", 1600, **few),
+        "features": _each("features", 50, 100, 400, 1600, 4000),
+        "amplitude": _each("amplitude", 0.3, 1.0, 3.0),
+        "temperature": (NOISELESS, *_each("temperature", 0.1, 1.0, 10.0)),
+        "covariance": _each("covariance", "diagonal", "full"),
+        "residual": _each("residual", False) + _each("residual", True, **_MARGINAL),
+        "train-size": tuple(method | size for method in _BOTH for size in (few, some))
+        + _each("features", 1600, **few),
     }
 
 

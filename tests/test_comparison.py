@@ -28,7 +28,11 @@ def test_ranks_and_critical_difference_of_a_worked_example():
     assert found.ranks == {"vae": 1, "gpvae": 2, "iaf": 3, "hf": 4, "me": 5}
     assert found.difference == pytest.approx(2.728 * np.sqrt(5 * 6 / (6 * 10)), abs=2e-3)
     assert len(found.blocks) == 10 and found.p < 1e-4 and found.differs
-    assert ("gpvae", "vae") not in found.apart()
+    # 2 or more apart; neighbours are 1 apart
+    far = {"vae": ["iaf", "hf", "me"], "gpvae": ["hf", "me"], "iaf": ["me"]}
+    assert found.apart() == [(a, b) for a, others in far.items() for b in others]
+    alike = comparison.Ranking(found.ranks, found.difference, 0.05, found.blocks)
+    assert not alike.differs and alike.apart() == []
 
 
 def test_friedman_by_permutation_counts_the_orders_that_agree_as_much():

@@ -149,7 +149,7 @@ def figure(rows: Sequence[Row], known: Collection[str] = (), heading: str = "") 
             measured = [size for size in sizes if (name, size) in here]
             for size in measured:
                 whisker(ax, here[name, size], line)
-            for size in set(sizes) - set(measured) if measured else {""}:
+            for size in [s for s in sizes if s not in measured] if measured else [""]:
                 plots.mark_missing(ax, line + offset(size), "not measured")
         ax.set(
             xscale="log", xlabel=f"{section}: time relative to the VAE\n(median and range of turns)"
