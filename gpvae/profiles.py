@@ -26,7 +26,9 @@ from gpvae.variations import (
 
 DATA_TITLES = {
     "mnist": "MNIST",
-    "omniglot-28x28-rederived": "OMNIGLOT",
+    "fashion-mnist": "Fashion-MNIST",
+    "omniglot": "OMNIGLOT",
+    "omniglot-28x28-rederived": "OMNIGLOT (re-derived)",
     "cifar10-subset": "CIFAR-10 (subset)",
     "cifar10": "CIFAR-10",
     "frey": "Frey faces",

@@ -102,6 +102,12 @@ def test_a_saved_figure_tells_what_it_is_of(project_root):
     assert gpvae.get_profile("digits").title == "digits, D = 10, up to 500 epochs"
 
 
+def test_no_title_takes_a_subset_or_a_derived_set_for_the_standard_one():
+    names = ["mnist", "omniglot", "omniglot-28x28-rederived", "cifar10", "cifar10-subset"]
+    found = {gpvae.get_profile(f"paper/{name}-d20").parts[0] for name in names}
+    assert len(found) == len(names)
+
+
 def test_titles_differ():
     names = ("frey", "mnist", "mnist-d50", "cifar10", "cifar10-slow")
     plans = [gpvae.get_profile(f"cpu/{name}") for name in names]
